@@ -1,0 +1,290 @@
+package router
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"meshd/mesh"
+)
+
+// A link weighs its round trip plus hopPenalty: a relay costs a third host's bandwidth, so it must save
+// that much. dampPenalty makes a link that flaps the last choice, for everybody.
+const (
+	hopPenalty  = 20 * time.Millisecond
+	dampPenalty = 10 * time.Second
+)
+
+// Route is how one peer is reached from here.
+type Route struct {
+	Dst, Via mesh.PeerName // Via == Dst: by a link of our own
+	Hops     int           // links on the way
+	RTT      time.Duration // sum of theirs
+	Why      string        // why not directly; empty if directly
+}
+
+// Routes is an immutable snapshot of all routes from one peer.
+//
+// Every peer computes shortest paths over the same table with weights that both ends of a link agree on
+// (the larger of their figures) and that are positive. The rest of a shortest path is one itself and
+// does not pass through where it started, so it uses only links that everybody counts: the next peer is
+// strictly nearer to the destination in its own reckoning, and no datagram goes round in circles. All
+// damping is therefore in what is published about a link and none in the choice between routes.
+type Routes struct {
+	self  mesh.PeerName
+	order []mesh.PeerName // of all that can be reached
+	to    map[mesh.PeerName]Route
+}
+
+// NextHop returns the peer to hand a datagram for dst to. It is safe on a nil Routes.
+func (r *Routes) NextHop(dst mesh.PeerName) (via mesh.PeerName, ok bool) {
+	if r == nil {
+		return mesh.PeerName{}, false
+	}
+	route, ok := r.to[dst]
+	return route.Via, ok
+}
+
+// Route returns the way to dst.
+func (r *Routes) Route(dst mesh.PeerName) (Route, bool) {
+	if r == nil {
+		return Route{}, false
+	}
+	route, ok := r.to[dst]
+	return route, ok
+}
+
+// All returns every route, by destination.
+func (r *Routes) All() []Route {
+	if r == nil {
+		return nil
+	}
+	out := make([]Route, len(r.order))
+	for i, dst := range r.order {
+		out[i] = r.to[dst]
+	}
+	return out
+}
+
+// Reachable returns all peers that can be reached, by name. Nobody may change it.
+func (r *Routes) Reachable() []mesh.PeerName {
+	if r == nil {
+		return nil
+	}
+	return r.order
+}
+
+// LiveRoutes holds the routes of the moment. The zero value knows none.
+type LiveRoutes struct{ p atomic.Pointer[Routes] }
+
+// NextHop returns the peer to hand a datagram for dst to; it takes no lock and allocates nothing.
+func (l *LiveRoutes) NextHop(dst mesh.PeerName) (via mesh.PeerName, ok bool) {
+	return l.p.Load().NextHop(dst)
+}
+
+// Load returns the snapshot of the moment, which may be nil.
+func (l *LiveRoutes) Load() *Routes { return l.p.Load() }
+
+// Store swaps the snapshot.
+func (l *LiveRoutes) Store(r *Routes) { l.p.Store(r) }
+
+// edge is a link in the graph, seen from one end.
+type edge struct {
+	to     int
+	weight time.Duration
+	rtt    time.Duration
+	damped bool
+}
+
+// graph is the topology with peers numbered by name.
+type graph struct {
+	self  int
+	names []mesh.PeerName
+	edges [][]edge // directed: what each peer reports, by number
+}
+
+// graph copies what the search needs, so that it runs without the lock.
+func (t *Topology) graph() *graph {
+	t.mu.Lock()
+	type node struct {
+		name  mesh.PeerName
+		pages []*record
+	}
+	nodes := make([]node, 0, len(t.peers))
+	for name, e := range t.peers {
+		if e.base != nil {
+			nodes = append(nodes, node{name, e.livePages()})
+		}
+	}
+	t.mu.Unlock()
+
+	slices.SortFunc(nodes, func(a, b node) int { return a.name.Compare(b.name) })
+	g := &graph{names: make([]mesh.PeerName, len(nodes)), edges: make([][]edge, len(nodes))}
+	index := make(map[mesh.PeerName]int, len(nodes))
+	for i, n := range nodes {
+		g.names[i] = n.name
+		index[n.name] = i
+	}
+	g.self = index[t.self]
+	for i, n := range nodes {
+		for _, page := range n.pages {
+			for _, l := range page.links {
+				to, ok := index[l.To]
+				if !ok {
+					continue
+				}
+				e := edge{to: to, rtt: l.RTT, weight: l.RTT + hopPenalty, damped: l.Damped}
+				if l.Damped {
+					e.weight += dampPenalty
+				}
+				g.edges[i] = append(g.edges[i], e)
+			}
+		}
+		slices.SortFunc(g.edges[i], func(a, b edge) int { return cmp.Or(a.to-b.to, cmp.Compare(a.weight, b.weight)) })
+		g.edges[i] = slices.CompactFunc(g.edges[i], func(a, b edge) bool { return a.to == b.to })
+	}
+	return g
+}
+
+// report is what peer a says of a link to b.
+func (g *graph) report(a, b int) (edge, bool) {
+	i, ok := slices.BinarySearchFunc(g.edges[a], b, func(e edge, b int) int { return e.to - b })
+	if !ok {
+		return edge{}, false
+	}
+	return g.edges[a][i], true
+}
+
+// link is the link that a reports, as both ends agree on it; ok is false if the far end does not report
+// it, unless it is our own.
+func (g *graph) link(a int, e edge) (edge, bool) {
+	back, ok := g.report(e.to, a)
+	if !ok {
+		return e, a == g.self
+	}
+	if back.weight > e.weight {
+		back.to = e.to
+		return back, true
+	}
+	return e, true
+}
+
+// Routes computes the ways to all peers.
+func (t *Topology) Routes() *Routes { return t.graph().routes() }
+
+const unreached = time.Duration(1<<63 - 1)
+
+func (g *graph) routes() *Routes {
+	n := len(g.names)
+	dist := make([]time.Duration, n)
+	first := make([]int, n)
+	hops := make([]int, n)
+	rtt := make([]time.Duration, n)
+	done := make([]bool, n)
+	for i := range dist {
+		dist[i] = unreached
+	}
+	dist[g.self] = 0
+	queue := heap{{node: g.self}}
+	for len(queue) > 0 {
+		top := queue.pop()
+		at := top.node
+		if done[at] {
+			continue
+		}
+		done[at] = true
+		for _, e := range g.edges[at] {
+			if done[e.to] || e.to == g.self {
+				continue
+			}
+			l, ok := g.link(at, e)
+			if !ok {
+				continue
+			}
+			d, via := dist[at]+l.weight, first[at]
+			if at == g.self {
+				via = e.to
+			}
+			// Between equals fewer hops and then the lower name, so that routes do not depend on order.
+			if d > dist[e.to] || d == dist[e.to] && cmp.Or(hops[at]+1-hops[e.to], via-first[e.to]) >= 0 {
+				continue
+			}
+			dist[e.to], first[e.to], hops[e.to], rtt[e.to] = d, via, hops[at]+1, rtt[at]+l.rtt
+			queue.push(item{d, e.to})
+		}
+	}
+	r := &Routes{self: g.names[g.self], to: make(map[mesh.PeerName]Route, n)}
+	for i, name := range g.names {
+		if i == g.self || dist[i] == unreached {
+			continue
+		}
+		route := Route{Dst: name, Via: g.names[first[i]], Hops: hops[i], RTT: rtt[i]}
+		if route.Via != name {
+			route.Why = g.why(i, rtt[i])
+		}
+		r.to[name] = route
+		r.order = append(r.order, name)
+	}
+	return r
+}
+
+func (g *graph) why(dst int, relayed time.Duration) string {
+	own, ok := g.report(g.self, dst)
+	switch {
+	case !ok:
+		return "no direct link"
+	case own.damped:
+		return "direct link is unsteady"
+	}
+	l, _ := g.link(g.self, own)
+	if l.damped {
+		return "direct link is unsteady"
+	}
+	return fmt.Sprintf("relay takes %v, direct link %v", relayed.Round(time.Millisecond), l.rtt.Round(time.Millisecond))
+}
+
+// heap is a binary heap of nodes by distance.
+type (
+	item struct {
+		dist time.Duration
+		node int
+	}
+	heap []item
+)
+
+func (h *heap) push(x item) {
+	*h = append(*h, x)
+	s := *h
+	for i := len(s) - 1; i > 0; {
+		parent := (i - 1) / 2
+		if s[parent].dist <= s[i].dist {
+			return
+		}
+		s[parent], s[i] = s[i], s[parent]
+		i = parent
+	}
+}
+
+func (h *heap) pop() item {
+	s := *h
+	top, last := s[0], len(s)-1
+	s[0] = s[last]
+	s = s[:last]
+	*h = s
+	for i := 0; ; {
+		child := 2*i + 1
+		if child >= last {
+			return top
+		}
+		if child+1 < last && s[child+1].dist < s[child].dist {
+			child++
+		}
+		if s[i].dist <= s[child].dist {
+			return top
+		}
+		s[i], s[child] = s[child], s[i]
+		i = child
+	}
+}

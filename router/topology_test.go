@@ -1,0 +1,476 @@
+package router
+
+import (
+	"bytes"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"meshd/mesh"
+)
+
+var t0 = time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)
+
+func pn(i int) mesh.PeerName { return mesh.PeerName{2, 0, 0, 0, byte(i >> 8), byte(i)} }
+
+func newPeer(i int) Peer {
+	return Peer{Name: pn(i), Run: mesh.RunID(1000 + i), NickName: fmt.Sprint("host", i), Port: 6783, MTU: 1400}
+}
+
+func linkTo(i int, rtt time.Duration) PeerLink {
+	return PeerLink{To: pn(i), RTT: RoundRTT(rtt), MTU: 1400, Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 6783)}
+}
+
+func merge(t testing.TB, to *Topology, deltas ...[]byte) (news []byte) {
+	t.Helper()
+	for _, d := range deltas {
+		n, err := to.Merge(pn(999), d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		news = append(news, n...)
+	}
+	return news
+}
+
+func all(t *Topology) []byte {
+	var keys []uint64
+	for _, it := range t.Items() {
+		keys = append(keys, it.Key)
+	}
+	slices.Sort(keys)
+	return bytes.Join(t.Encode(keys, mesh.MaxMessage-1), nil)
+}
+
+func items(t *Topology) []mesh.Item {
+	out := t.Items()
+	slices.SortFunc(out, func(a, b mesh.Item) int {
+		if a.Key < b.Key {
+			return -1
+		}
+		return 1
+	})
+	return out
+}
+
+func TestLinksSpreadOverPages(t *testing.T) {
+	a, b := NewTopology(newPeer(1)), NewTopology(newPeer(2))
+	var links []PeerLink
+	for i := 2; i < 102; i++ {
+		links = append(links, linkTo(i, time.Millisecond))
+	}
+	deltas := a.SetLinks(links)
+	for _, d := range deltas {
+		if len(d) > mesh.MaxMessage-1 {
+			t.Errorf("delta of %d bytes does not fit a message", len(d))
+		}
+	}
+	merge(t, b, all(a))
+	if got := len(b.Peers()[0].Links); got != 100 {
+		t.Fatalf("got %d links, want 100", got)
+	}
+	if a.SetLinks(links) != nil {
+		t.Error("setting the same links again is news")
+	}
+	deltas = a.SetLinks(slices.Delete(slices.Clone(links), 50, 51))
+	if len(deltas) != 1 || len(deltas[0]) > linksPerPage*(linkBody4+1)+recordHeader {
+		t.Errorf("removing one link touches %d deltas", len(deltas))
+	}
+	merge(t, b, deltas...)
+	if got := len(b.Peers()[0].Links); got != 99 {
+		t.Errorf("got %d links after one went, want 99", got)
+	}
+}
+
+func TestRestartSupersedes(t *testing.T) {
+	old, other := NewTopology(newPeer(1)), NewTopology(newPeer(2))
+	old.SetLinks([]PeerLink{linkTo(2, time.Millisecond), linkTo(3, time.Millisecond)})
+	merge(t, other, all(old))
+
+	p := newPeer(1)
+	p.Run = 7 // lower than the old one: the order must not depend on it
+	restarted := NewTopology(p)
+	restarted.SetLinks([]PeerLink{linkTo(2, time.Millisecond)})
+	news := merge(t, restarted, all(other))
+	merge(t, other, news)
+	got, _ := other.Peer(pn(1))
+	if got.Run != 7 || got.Incarnation != 2 {
+		t.Errorf("got run %d incarnation %d, want the new run at 2", got.Run, got.Incarnation)
+	}
+	if links := other.Peers()[0].Links; len(links) != 1 {
+		t.Errorf("links of the old run are left: %v", links)
+	}
+	if news := merge(t, other, all(old)); news != nil {
+		t.Error("the old run's records are news")
+	}
+	if _, rival := restarted.Rival(); rival {
+		t.Error("the remains of an old run count as a rival")
+	}
+}
+
+// Two live peers with one name outbid each other; the one that came second must find out, and only that.
+func TestSecondOfTwoClonesGivesWay(t *testing.T) {
+	first, world := NewTopology(newPeer(1)), NewTopology(newPeer(2))
+	merge(t, world, all(first))
+	p := newPeer(1)
+	p.Run = 5000
+	second := NewTopology(p)
+	nobody := func(mesh.PeerName) bool { return false }
+	first.Reach(t0, time.Hour, nobody)
+	first.Reach(t0.Add(time.Minute), time.Hour, nobody)
+	second.Reach(t0.Add(time.Minute), time.Hour, nobody)
+	merge(t, world, all(second))
+	for range 10 {
+		merge(t, world, merge(t, second, all(world)))
+		merge(t, world, merge(t, first, all(world)))
+	}
+	if _, rival := second.Rival(); !rival {
+		t.Error("the second clone has not noticed the first")
+	}
+	if _, rival := first.Rival(); rival {
+		t.Error("the first clone gives way as well")
+	}
+	if got, _ := world.Peer(pn(1)); got.Run != first.Self().Run {
+		t.Errorf("the name belongs to run %d, want the first", got.Run)
+	}
+}
+
+func TestShortIDCollision(t *testing.T) {
+	mk := func(i int) *Topology {
+		p := newPeer(i)
+		p.Flags, p.ShortID = FlagKernel, 77
+		return NewTopology(p)
+	}
+	low, high := mk(1), mk(2)
+	a, b := all(low), all(high)
+	merge(t, low, b)
+	merge(t, high, a)
+	if got := low.Self().ShortID; got != 77 {
+		t.Errorf("the lower name has %d, want to keep 77", got)
+	}
+	if got := high.Self().ShortID; got == 77 || got == 0 {
+		t.Errorf("the higher name has %d, want another", got)
+	}
+	again := mk(2)
+	merge(t, again, a)
+	if again.Self().ShortID != high.Self().ShortID {
+		t.Error("drawing again gives another id")
+	}
+	off := mk(3)
+	off.Update(func(p *Peer) { p.Flags = 0 })
+	if off.Self().ShortID != 0 {
+		t.Error("a peer without the kernel path keeps a short id")
+	}
+}
+
+func TestUnreachablePeersAreSuspectedThenForgotten(t *testing.T) {
+	a, b := NewTopology(newPeer(1)), NewTopology(newPeer(2))
+	delta := all(b)
+	merge(t, a, delta)
+	up := true
+	reach := func(now time.Time) []StateChange {
+		return a.Reach(now, time.Hour, func(mesh.PeerName) bool { return up })
+	}
+	check := func(got []StateChange, want ...PeerState) {
+		t.Helper()
+		var states []PeerState
+		for _, c := range got {
+			states = append(states, c.State)
+		}
+		if !slices.Equal(states, want) {
+			t.Errorf("got %v, want %v", got, want)
+		}
+	}
+	check(reach(t0), Alive)
+	check(reach(t0.Add(time.Minute)))
+	up = false
+	check(reach(t0.Add(2*time.Minute)), Suspect)
+	check(reach(t0.Add(31 * time.Minute)))
+	if len(a.Items()) != 2 {
+		t.Error("a peer suspected for 29 minutes is not offered")
+	}
+	check(reach(t0.Add(33 * time.Minute)))
+	if len(a.Items()) != 1 {
+		t.Error("a peer suspected for 31 minutes is still offered")
+	}
+	if news := merge(t, a, delta); news != nil {
+		t.Error("what is known but not offered is news")
+	}
+	up = true
+	check(reach(t0.Add(40*time.Minute)), Alive)
+	up = false
+	check(reach(t0.Add(time.Hour)), Suspect)
+	check(reach(t0.Add(2*time.Hour+time.Second)), Gone)
+	if len(a.Peers()) != 1 {
+		t.Error("a peer that is gone is still known")
+	}
+	merge(t, a, delta)
+	up = true
+	check(reach(t0.Add(3*time.Hour)), Alive)
+}
+
+// records draws a set of records of a few peers, with some that contradict each other.
+func drawDelta(t *rapid.T) []byte {
+	var out []byte
+	for range rapid.IntRange(0, 6).Draw(t, "records") {
+		r := &record{
+			id:      pageID{pn(rapid.IntRange(2, 4).Draw(t, "peer")), uint8(rapid.IntRange(0, 2).Draw(t, "page"))},
+			epoch:   Epoch{uint32(rapid.IntRange(1, 3).Draw(t, "incarnation")), mesh.RunID(rapid.IntRange(1, 2).Draw(t, "run"))},
+			version: uint32(rapid.IntRange(1, 3).Draw(t, "version")),
+		}
+		if r.id.page == 0 {
+			p := newPeer(int(r.id.peer[5]))
+			p.NickName = rapid.StringMatching(`[ab]{0,2}`).Draw(t, "nick")
+			r.body = appendPeer(nil, &p)
+		} else {
+			for range rapid.IntRange(0, 3).Draw(t, "links") {
+				l := linkTo(rapid.IntRange(5, 8).Draw(t, "to"), time.Millisecond)
+				r.body = appendLink(r.body, &l)
+			}
+		}
+		out = appendRecord(out, r)
+	}
+	return out
+}
+
+func TestMergeIsASemilattice(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		deltas := [][]byte{drawDelta(t), drawDelta(t), drawDelta(t)}
+		feed := func(order ...[]byte) *Topology {
+			topo := NewTopology(newPeer(1))
+			for _, d := range order {
+				if _, err := topo.Merge(pn(9), d); err != nil {
+					t.Fatal(err)
+				}
+			}
+			return topo
+		}
+		a, b, c := deltas[0], deltas[1], deltas[2]
+		want := feed(a, b, c)
+		for _, other := range []*Topology{
+			feed(c, b, a), feed(b, a, c), feed(a, b, c, b, a),
+			feed(a, all(feed(b, c))), feed(all(feed(a, b)), c),
+		} {
+			if !slices.Equal(items(other), items(want)) {
+				t.Fatalf("order of merging matters")
+			}
+		}
+		if news, _ := want.Merge(pn(9), all(want)); news != nil {
+			t.Fatalf("feeding the table back is news: %x", news)
+		}
+		// News is what is needed to bring another table along.
+		left, right := NewTopology(newPeer(1)), NewTopology(newPeer(1))
+		for _, d := range deltas {
+			news, _ := left.Merge(pn(9), d)
+			right.Merge(pn(9), news)
+		}
+		if !slices.Equal(items(left), items(right)) {
+			t.Fatalf("news leaves something out")
+		}
+	})
+}
+
+func FuzzTopologyDelta(f *testing.F) {
+	a := NewTopology(newPeer(1))
+	l := linkTo(3, time.Millisecond)
+	l.Addr = netip.MustParseAddrPort("[2001:db8::1]:6783")
+	a.SetLinks([]PeerLink{linkTo(2, time.Millisecond), l})
+	f.Add(all(a))
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, in []byte) {
+		records, err := parseRecords(in)
+		if err != nil {
+			return
+		}
+		var out []byte
+		for _, r := range records {
+			out = appendRecord(out, r)
+			if r.id.page == 0 {
+				p, err := parsePeer(appendPeer(nil, &r.peer))
+				p.Name, p.Run, p.Incarnation = r.peer.Name, r.peer.Run, r.peer.Incarnation
+				if err != nil || p != r.peer {
+					t.Errorf("peer: got %+v, %v, want %+v", p, err, r.peer)
+				}
+				continue
+			}
+			var b []byte
+			for i := range r.links {
+				b = appendLink(b, &r.links[i])
+			}
+			links, err := parseLinks(b, r.id.peer)
+			if err != nil || !slices.Equal(links, r.links) {
+				t.Errorf("links: got %+v, %v, want %+v", links, err, r.links)
+			}
+		}
+		if !bytes.Equal(out, in) {
+			t.Errorf("got %x, want %x", out, in)
+		}
+		topo := NewTopology(newPeer(1))
+		topo.Merge(pn(2), in)
+		topo.Routes()
+	})
+}
+
+// cluster builds tables of n peers that all know the given undirected links.
+func cluster(t testing.TB, n int, links map[[2]int]PeerLink) []*Topology {
+	topos := make([]*Topology, n)
+	var everything []byte
+	for i := range topos {
+		topos[i] = NewTopology(newPeer(i))
+		var own []PeerLink
+		for ends, l := range links {
+			for k, from := range ends {
+				if from == i {
+					l.To = pn(ends[1-k])
+					own = append(own, l)
+				}
+			}
+		}
+		topos[i].SetLinks(own)
+		everything = append(everything, all(topos[i])...)
+	}
+	for _, topo := range topos {
+		merge(t, topo, everything)
+	}
+	return topos
+}
+
+func TestRoutes(t *testing.T) {
+	ms := time.Millisecond
+	topos := cluster(t, 5, map[[2]int]PeerLink{
+		{0, 1}: linkTo(0, ms), {1, 2}: linkTo(0, ms), {0, 2}: linkTo(0, 100*ms), {2, 3}: linkTo(0, ms),
+	})
+	r := topos[0].Routes()
+	for dst, want := range map[int]string{
+		1: "1 1 ", 2: "1 2 relay takes 2ms, direct link 97ms", 3: "1 3 no direct link",
+	} {
+		got, ok := r.Route(pn(dst))
+		if s := fmt.Sprintf("%d %d %s", got.Via[5], got.Hops, got.Why); !ok || s != want {
+			t.Errorf("to %d: got %q, want %q", dst, s, want)
+		}
+	}
+	if via, ok := r.NextHop(pn(4)); ok {
+		t.Errorf("a peer without links is reached by %v", via)
+	}
+	if len(r.All()) != 3 || len(r.Reachable()) != 3 {
+		t.Errorf("got routes %v", r.All())
+	}
+	var none *Routes
+	if _, ok := none.NextHop(pn(1)); ok || none.All() != nil {
+		t.Error("no routes lead somewhere")
+	}
+	var live LiveRoutes
+	live.Store(r)
+	if n := testing.AllocsPerRun(100, func() { live.NextHop(pn(3)) }); n != 0 {
+		t.Errorf("NextHop allocates %v times", n)
+	}
+}
+
+func TestOneSidedLinksDoNotCount(t *testing.T) {
+	a, b, c := NewTopology(newPeer(1)), NewTopology(newPeer(2)), NewTopology(newPeer(3))
+	a.SetLinks([]PeerLink{linkTo(2, time.Millisecond)})
+	b.SetLinks([]PeerLink{linkTo(3, time.Millisecond)}) // 3 does not say so, nor does 2 of 1
+	merge(t, a, all(b), all(c))
+	merge(t, c, all(a), all(b))
+	r := a.Routes()
+	if via, ok := r.NextHop(pn(2)); !ok || via != pn(2) {
+		t.Error("our own link does not count before the far end confirms it")
+	}
+	if _, ok := r.NextHop(pn(3)); ok {
+		t.Error("a link counts that only one end reports")
+	}
+	if len(c.Routes().All()) != 0 {
+		t.Error("a link counts that we do not have ourselves")
+	}
+}
+
+func TestDampedLinkIsTheLastChoice(t *testing.T) {
+	ms := time.Millisecond
+	damped := linkTo(0, ms)
+	damped.Damped = true
+	topos := cluster(t, 3, map[[2]int]PeerLink{{0, 1}: linkTo(0, ms), {1, 2}: linkTo(0, ms), {0, 2}: damped})
+	if got, _ := topos[0].Routes().Route(pn(2)); got.Via != pn(1) || got.Why != "direct link is unsteady" {
+		t.Errorf("got %+v, want the relay", got)
+	}
+	topos = cluster(t, 3, map[[2]int]PeerLink{{0, 1}: linkTo(0, ms), {0, 2}: damped})
+	if got, _ := topos[0].Routes().Route(pn(2)); got.Via != pn(2) {
+		t.Errorf("got %+v, want the only link there is", got)
+	}
+}
+
+// Each peer decides for itself; following their decisions must arrive, in as many hops as the first peer
+// said, on any graph.
+func TestRoutesAreLoopFree(t *testing.T) {
+	rapid.Check(t, func(rt *rapid.T) {
+		n := rapid.IntRange(2, 14).Draw(rt, "peers")
+		links := map[[2]int]PeerLink{}
+		for a := range n {
+			for b := range a {
+				if rapid.IntRange(0, 3).Draw(rt, "linked") == 0 {
+					l := linkTo(0, time.Duration(rapid.IntRange(0, 300).Draw(rt, "rtt"))*time.Millisecond)
+					l.Damped = rapid.IntRange(0, 9).Draw(rt, "damped") == 0
+					links[[2]int{a, b}] = l
+				}
+			}
+		}
+		topos := cluster(t, n, links)
+		routes := make([]*Routes, n)
+		for i := range routes {
+			routes[i] = topos[i].Routes()
+		}
+		for from := range n {
+			for _, route := range routes[from].All() {
+				at, hops := from, 0
+				for pn(at) != route.Dst {
+					via, ok := routes[at].NextHop(route.Dst)
+					if !ok || hops == n {
+						rt.Fatalf("from %d to %v: lost at %d after %d hops", from, route.Dst, at, hops)
+					}
+					at = int(via[4])<<8 | int(via[5])
+					hops++
+				}
+				if hops != route.Hops {
+					rt.Fatalf("from %d to %v: %d hops, said %d", from, route.Dst, hops, route.Hops)
+				}
+			}
+		}
+	})
+}
+
+func BenchmarkRoutes(b *testing.B) {
+	rng := rand.New(rand.NewPCG(1, 2))
+	links := map[[2]int]PeerLink{}
+	for a := range 1000 {
+		for range 50 {
+			c := rng.IntN(1000)
+			if a != c {
+				links[[2]int{min(a, c), max(a, c)}] = linkTo(0, time.Duration(1+rng.IntN(50))*time.Millisecond)
+			}
+		}
+	}
+	own := make([][]PeerLink, 1000)
+	for ends, l := range links {
+		for k, from := range ends {
+			l.To = pn(ends[1-k])
+			own[from] = append(own[from], l)
+		}
+	}
+	topo := NewTopology(newPeer(0))
+	for i := range own {
+		p := NewTopology(newPeer(i))
+		p.SetLinks(own[i])
+		if i == 0 {
+			topo.SetLinks(own[0])
+			continue
+		}
+		merge(b, topo, all(p))
+	}
+	for b.Loop() {
+		topo.Routes()
+	}
+}
