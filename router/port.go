@@ -70,18 +70,19 @@ type Decision struct {
 type Reason uint8
 
 const (
-	NoReason     Reason = iota
-	ReasonRunt          // shorter than an Ethernet header
-	ReasonLocal         // the destination is on the side that the frame came from
-	ReasonLink          // link-local control address 01:80:c2:00:00:0x (IEEE 802.1D 7.12.6)
-	ReasonSource        // source address is a group address or zero
-	ReasonMoved         // a frame from the bridge bears the source of another peer's endpoint
-	ReasonForged        // a frame from a peer bears a source that is not that peer's
-	ReasonNoPeer        // nobody to send it to
+	NoReason        Reason = iota
+	ReasonRunt             // shorter than an Ethernet header
+	ReasonLocal            // the destination is on the side that the frame came from
+	ReasonLink             // link-local control address 01:80:c2:00:00:0x (IEEE 802.1D 7.12.6)
+	ReasonSource           // source address is a group address or zero
+	ReasonMoved            // a frame from the bridge bears the source of another peer's endpoint
+	ReasonForged           // a frame from a peer bears a source that is not that peer's
+	ReasonNoPeer           // nobody to send it to
+	ReasonNeighbour        // an ARP or ND packet claims an address that is another endpoint's
 	reasonCount
 )
 
-var reasonNames = [reasonCount]string{"none", "runt", "local", "link_control", "source", "moved", "forged_source", "no_peer"}
+var reasonNames = [reasonCount]string{"none", "runt", "local", "link_control", "source", "moved", "forged_source", "no_peer", "neighbour"}
 
 func (r Reason) String() string {
 	if int(r) < len(reasonNames) {
