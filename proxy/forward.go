@@ -1,0 +1,253 @@
+package proxy
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+)
+
+// backend is the way to the daemon.
+type backend struct {
+	network, addr string
+	transport     *http.Transport
+	proxy         *httputil.ReverseProxy
+}
+
+const (
+	dialTimeout = 10 * time.Second
+	copyBuffer  = 64 << 10
+)
+
+func newBackend(cfg Config) (*backend, error) {
+	network, addr, err := splitEndpoint(cfg.Docker)
+	if err != nil {
+		return nil, fmt.Errorf("docker at %q: %w", cfg.Docker, err)
+	}
+	b := &backend{network: network, addr: addr}
+	b.transport = &http.Transport{
+		DialContext:        func(ctx context.Context, _, _ string) (net.Conn, error) { return b.dialPlain(ctx) },
+		TLSClientConfig:    cfg.ClientTLS,
+		DisableCompression: true,
+		IdleConnTimeout:    time.Minute,
+		WriteBufferSize:    copyBuffer,
+		ReadBufferSize:     copyBuffer,
+	}
+	scheme := "http"
+	if cfg.ClientTLS != nil {
+		scheme = "https"
+	}
+	host := "docker"
+	if network == "tcp" {
+		host = addr
+	}
+	target := &url.URL{Scheme: scheme, Host: host}
+	b.proxy = &httputil.ReverseProxy{
+		// The path goes on as it was written, not as it decodes.
+		Rewrite: func(r *httputil.ProxyRequest) {
+			r.Out.URL.Scheme, r.Out.URL.Host = target.Scheme, target.Host
+			r.Out.Host = r.In.Host
+		},
+		Transport:     b.transport,
+		FlushInterval: -1,
+		BufferPool:    &bufferPool{},
+		ErrorHandler:  b.unreachable,
+	}
+	return b, nil
+}
+
+func (b *backend) dialPlain(ctx context.Context) (net.Conn, error) {
+	d := net.Dialer{Timeout: dialTimeout}
+	return d.DialContext(ctx, b.network, b.addr)
+}
+
+// dial connects as the transport does.
+func (b *backend) dial(ctx context.Context) (net.Conn, error) {
+	conn, err := b.dialPlain(ctx)
+	if err != nil || b.transport.TLSClientConfig == nil {
+		return conn, err
+	}
+	cfg := b.transport.TLSClientConfig.Clone()
+	if host, _, err := net.SplitHostPort(b.addr); err == nil && cfg.ServerName == "" {
+		cfg.ServerName = host
+	}
+	sealed := tls.Client(conn, cfg)
+	if err := sealed.HandshakeContext(ctx); err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return sealed, nil
+}
+
+// bufferPool keeps copying from growing the heap with each stream.
+type bufferPool struct{ pool sync.Pool }
+
+func (p *bufferPool) Get() []byte {
+	if b, ok := p.pool.Get().(*[]byte); ok {
+		return *b
+	}
+	return make([]byte, copyBuffer)
+}
+
+func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }
+
+func (b *backend) unreachable(w http.ResponseWriter, r *http.Request, err error) {
+	if r.Context().Err() != nil {
+		return // the client has gone
+	}
+	var tooLarge *http.MaxBytesError
+	if errors.As(err, &tooLarge) {
+		refuse(w, http.StatusRequestEntityTooLarge, "the request body is larger than %d bytes", tooLarge.Limit)
+		return
+	}
+	refuse(w, http.StatusBadGateway, "Cannot connect to the Docker daemon at %s://%s. Is the docker daemon running? (%v)", b.network, b.addr, err)
+}
+
+// refuse answers as Docker does: a JSON object with a message.
+func refuse(w http.ResponseWriter, code int, format string, args ...any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	json.NewEncoder(w).Encode(map[string]string{"message": fmt.Sprintf(format, args...)})
+}
+
+// forward passes a request and its answer on. A connection that may turn into a raw stream gets one of its
+// own towards the daemon, so that the ends of both directions stay apart.
+func (b *backend) forward(w http.ResponseWriter, r *http.Request) {
+	if mayHijack(r) {
+		b.hijack(w, r)
+		return
+	}
+	b.proxy.ServeHTTP(w, r)
+}
+
+// mayHijack reports whether the answer can be 101 or, to clients that do not ask for an upgrade, a raw stream.
+func mayHijack(r *http.Request) bool {
+	if r.Header.Get("Upgrade") != "" {
+		return true
+	}
+	path := r.URL.Path
+	return r.Method == http.MethodPost &&
+		(strings.HasSuffix(path, "/attach") || strings.HasSuffix(path, "/start") && strings.Contains(path, "/exec/"))
+}
+
+func (b *backend) hijack(w http.ResponseWriter, r *http.Request) {
+	up, err := b.dial(r.Context())
+	if err != nil {
+		b.unreachable(w, r, err)
+		return
+	}
+	defer up.Close()
+	stop := context.AfterFunc(r.Context(), func() { up.Close() })
+	out := r.Clone(r.Context())
+	out.Header.Del("Expect") // answered by the server when the body is read
+	if out.Header.Get("User-Agent") == "" {
+		out.Header["User-Agent"] = []string{""} // or Write would put its own
+	}
+	if err := out.Write(up); err != nil {
+		b.unreachable(w, r, err)
+		return
+	}
+	br := bufio.NewReader(up)
+	resp, err := http.ReadResponse(br, r)
+	if err != nil {
+		b.unreachable(w, r, err)
+		return
+	}
+	defer resp.Body.Close()
+	raw := resp.StatusCode == http.StatusSwitchingProtocols ||
+		resp.StatusCode == http.StatusOK && resp.ContentLength < 0 && len(resp.TransferEncoding) == 0
+	if !raw {
+		answer(w, resp)
+		return
+	}
+	// From here on the connection is the client's; its context ends when this function returns.
+	stop()
+	down, rw, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		b.unreachable(w, r, err)
+		return
+	}
+	defer down.Close()
+	head := *resp
+	head.Body, head.ContentLength = nil, -1
+	if err := writeHead(down, &head); err != nil {
+		return
+	}
+	splice(down, rw.Reader, up, br)
+}
+
+// writeHead writes the status line and headers of a response whose body is a raw stream.
+func writeHead(w io.Writer, resp *http.Response) error {
+	buf := bufio.NewWriter(w)
+	fmt.Fprintf(buf, "HTTP/1.1 %s\r\n", resp.Status)
+	resp.Header.Write(buf)
+	buf.WriteString("\r\n")
+	return buf.Flush()
+}
+
+// answer passes an ordinary response on.
+func answer(w http.ResponseWriter, resp *http.Response) {
+	h := w.Header()
+	for k, v := range resp.Header {
+		h[k] = v
+	}
+	w.WriteHeader(resp.StatusCode)
+	io.Copy(w, resp.Body) // a broken copy breaks the connection, which is the client's sign
+}
+
+// splice copies both directions, what the readers have buffered first, and passes the end of each on as
+// the end of that direction only.
+func splice(down net.Conn, fromDown *bufio.Reader, up net.Conn, fromUp *bufio.Reader) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		copyHalf(up, down, fromDown)
+	}()
+	copyHalf(down, up, fromUp)
+	<-done
+}
+
+func copyHalf(dst, src net.Conn, buffered *bufio.Reader) {
+	if n := buffered.Buffered(); n > 0 {
+		head, _ := buffered.Peek(n) // cannot fail: it is there
+		if _, err := dst.Write(head); err != nil {
+			return
+		}
+	}
+	io.Copy(dst, src) // io.Copy uses splice(2) between sockets
+	if half, ok := dst.(interface{ CloseWrite() error }); ok {
+		half.CloseWrite()
+	}
+}
+
+// call asks the daemon something for the proxy itself, in the API version of the client's request, and
+// returns the status and at most 16 MiB of the body.
+func (b *backend) call(ctx context.Context, method, path string) (int, []byte, error) {
+	req, err := http.NewRequestWithContext(ctx, method, "http://docker"+path, nil)
+	if err != nil {
+		return 0, nil, err
+	}
+	if b.transport.TLSClientConfig != nil {
+		req.URL.Scheme, req.URL.Host = "https", b.addr
+	}
+	resp, err := b.transport.RoundTrip(req)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxBody+1))
+	if err == nil && len(body) > maxBody {
+		err = fmt.Errorf("the daemon's answer to %s %s has more than %d bytes", method, path, maxBody)
+	}
+	return resp.StatusCode, body, err
+}

@@ -1,0 +1,412 @@
+package proxy
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"go.uber.org/goleak"
+
+	"meshd/mesh"
+	"meshd/proxy/wait"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// daemon is a Docker daemon as far as the proxy sees one.
+type daemon struct {
+	mu      sync.Mutex
+	created []byte
+	calls   []string
+	handler http.HandlerFunc // for what is not listed in ServeHTTP
+}
+
+func (d *daemon) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	body, _ := io.ReadAll(r.Body)
+	d.mu.Lock()
+	d.calls = append(d.calls, r.Method+" "+r.URL.Path)
+	if strings.HasSuffix(r.URL.Path, "/containers/create") {
+		d.created = body
+	}
+	d.mu.Unlock()
+	path := strings.TrimPrefix(r.URL.Path, "/v1.41")
+	switch {
+	case path == "/containers/create":
+		w.WriteHeader(http.StatusCreated)
+		io.WriteString(w, `{"Id":"c0ffee","Warnings":[]}`)
+	case path == "/images/missing/json":
+		http.Error(w, `{"message":"No such image"}`, http.StatusNotFound)
+	case path == "/images/tool/json":
+		io.WriteString(w, `{"Config":{"Entrypoint":["/tool"],"Cmd":["help"],"Env":["MESH_CIDR=net:10.5.0.0/16"]}}`)
+	case path == "/images/mine/json":
+		io.WriteString(w, `{"Config":{"Entrypoint":["`+wait.Path+`","ethmesh","/tool"],"Cmd":["help"],"Labels":{"`+LabelAddrs+`":""}}}`)
+	case path == "/images/bare/json":
+		io.WriteString(w, `{"Config":{"Env":null}}`)
+	case strings.HasPrefix(path, "/images/"):
+		io.WriteString(w, `{"Config":{"Entrypoint":null,"Cmd":["sh","-c","x"]}}`)
+	case path == "/containers/ours/json":
+		io.WriteString(w, `{"Id":"c0ffee","Config":{"Labels":{"`+LabelAddrs+`":"net:10.2.0.0/16"}},"HostConfig":{"NetworkMode":"default","ExtraHosts":["db:1.2.3.4"]},"NetworkSettings":{"IPAddress":"172.17.0.2","Ports":{}}}`)
+	case path == "/containers/plain/json":
+		io.WriteString(w, `{"Id":"badcafe","Config":{"Labels":{}}}`)
+	case strings.HasSuffix(path, "/start"), strings.HasSuffix(path, "/restart"), strings.HasSuffix(path, "/kill"):
+		w.WriteHeader(http.StatusNoContent)
+	case d.handler != nil:
+		r.Body = io.NopCloser(bytes.NewReader(body))
+		d.handler(w, r)
+	default:
+		http.NotFound(w, r)
+	}
+}
+
+type fakeContainers struct {
+	err      error
+	requests []Request
+}
+
+func (f *fakeContainers) Attach(_ context.Context, r Request) error {
+	f.requests = append(f.requests, r)
+	return f.err
+}
+
+func (f *fakeContainers) Interface(id string) (mesh.MAC, []netip.Prefix, bool) {
+	return mesh.MAC{2, 0, 0, 0, 0, 1}, []netip.Prefix{netip.MustParsePrefix("10.32.0.1/12")}, id == "c0ffee"
+}
+
+type bench struct {
+	daemon     *daemon
+	containers *fakeContainers
+	client     *http.Client
+	socket     string
+}
+
+// start runs a proxy between a fake daemon and a client.
+func start(t *testing.T, change func(*Config)) *bench {
+	t.Helper()
+	dir := t.TempDir()
+	b := &bench{daemon: &daemon{}, containers: &fakeContainers{}, socket: filepath.Join(dir, "proxy.sock")}
+	docker := filepath.Join(dir, "docker.sock")
+	l, err := net.Listen("unix", docker)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: b.daemon}
+	go server.Serve(l)
+	t.Cleanup(func() { server.Close() })
+	cfg := Config{
+		Listen: []string{"unix://" + b.socket}, Docker: "unix://" + docker,
+		WaitDir: filepath.Join(dir, "wait"), Ifname: "ethmesh",
+		DNS: netip.MustParseAddr("172.17.0.1"), DNSDomain: "mesh.internal.",
+	}
+	if change != nil {
+		change(&cfg)
+	}
+	p, err := New(cfg, b.containers, slog.New(slog.NewTextHandler(t.Output(), nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- p.Run(ctx) }()
+	select {
+	case <-p.Ready():
+	case err := <-done:
+		t.Fatal(err)
+	}
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", b.socket)
+	}}
+	b.client = &http.Client{Transport: transport}
+	t.Cleanup(func() {
+		transport.CloseIdleConnections()
+		cancel()
+		if err := <-done; err != nil {
+			t.Error("Run:", err)
+		}
+	})
+	return b
+}
+
+func (b *bench) post(t *testing.T, path, body string) (int, string) {
+	t.Helper()
+	resp, err := b.client.Post("http://docker"+path, "application/json", strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	answer, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, string(answer)
+}
+
+type created struct {
+	Hostname, Domainname string
+	Entrypoint, Cmd      []string
+	Labels               map[string]string
+	HostConfig           struct {
+		Binds, Dns, DnsSearch []string
+	}
+}
+
+func TestCreate(t *testing.T) {
+	waiter := []string{wait.Path, "ethmesh"}
+	with := func(more ...string) []string { return append(append([]string{}, waiter...), more...) }
+	type outcome struct {
+		Entrypoint, Cmd []string
+		Label           string // "-": none
+		Hostname        string
+		Search          string
+	}
+	for _, c := range []struct {
+		name, query, body string
+		want              outcome
+	}{
+		{"image command", "", `{"Image":"sh"}`, outcome{waiter, []string{"sh", "-c", "x"}, "", "", "mesh.internal"}},
+		{"own command", "?name=web", `{"Image":"sh","Cmd":["ls"]}`, outcome{waiter, []string{"ls"}, "", "web", "."}},
+		{"command as a string", "", `{"Image":"sh","Cmd":"ls"}`, outcome{waiter, []string{"ls"}, "", "", "mesh.internal"}},
+		{"own entrypoint drops the image's command", "", `{"Image":"sh","Entrypoint":["/e"]}`, outcome{with("/e"), []string{}, "", "", "mesh.internal"}},
+		{"image entrypoint and environment", "", `{"Image":"tool","Cmd":["go"]}`, outcome{with("/tool"), []string{"go"}, "net:10.5.0.0/16", "", "mesh.internal"}},
+		{"own environment counts more", "", `{"Image":"tool","Env":["WEAVE_CIDR=net:10.7.0.0/16","MESH_CIDR=net:10.6.0.0/16"]}`, outcome{with("/tool"), []string{"help"}, "net:10.6.0.0/16", "", "mesh.internal"}},
+		{"the other spelling", "", `{"Image":"sh","Env":["WEAVE_CIDR=ip:10.6.0.1/16 net:default"]}`, outcome{waiter, []string{"sh", "-c", "x"}, "ip:10.6.0.1/16 net:default", "", "mesh.internal"}},
+		{"entrypoint cleared", "", `{"Image":"tool","Entrypoint":[""],"Cmd":["ls"]}`, outcome{waiter, []string{"ls"}, "net:10.5.0.0/16", "", "mesh.internal"}},
+		{"empty entrypoint, as the daemon reads it", "", `{"Image":"tool","Entrypoint":[],"Cmd":["ls"]}`, outcome{waiter, []string{"ls"}, "net:10.5.0.0/16", "", "mesh.internal"}},
+		{"image of a container of ours", "", `{"Image":"mine"}`, outcome{with("/tool"), []string{"help"}, "", "", "mesh.internal"}},
+		{"no command", "", `{"Image":"bare"}`, outcome{nil, nil, "", "", "mesh.internal"}},
+		{"missing image", "", `{"Image":"missing","Cmd":["ls"]}`, outcome{waiter, []string{"ls"}, "", "", "mesh.internal"}},
+		{"opted out", "", `{"Image":"sh","Env":["MESH_CIDR=none"]}`, outcome{nil, nil, "-", "", ""}},
+		{"host network", "", `{"Image":"sh","HostConfig":{"NetworkMode":"host"}}`, outcome{nil, nil, "-", "", ""}},
+		{"another's network", "", `{"Image":"sh","HostConfig":{"NetworkMode":"container:x"}}`, outcome{nil, nil, "-", "", ""}},
+		{"no network", "", `{"Image":"sh","HostConfig":{"NetworkMode":"none"}}`, outcome{waiter, []string{"sh", "-c", "x"}, "", "", "mesh.internal"}},
+		{"a user's network", "", `{"Image":"sh","HostConfig":{"NetworkMode":"mine"}}`, outcome{nil, nil, "-", "", ""}},
+		{"a user's network on demand", "", `{"Image":"sh","Env":["MESH_CIDR="],"HostConfig":{"NetworkMode":"mine"}}`, outcome{waiter, []string{"sh", "-c", "x"}, "", "", "mesh.internal"}},
+		{"label smuggled in", "", `{"Image":"sh","Labels":{"meshd.addresses":"ip:10.0.0.1/8"},"HostConfig":{"NetworkMode":"host"}}`, outcome{nil, nil, "none", "", ""}},
+		{"own host name", "?name=web", `{"Image":"sh","Hostname":"db"}`, outcome{waiter, []string{"sh", "-c", "x"}, "", "db", "mesh.internal"}},
+		{"name that is no host name", "?name=a_b", `{"Image":"sh"}`, outcome{waiter, []string{"sh", "-c", "x"}, "", "", "mesh.internal"}},
+		{"own search list", "", `{"Image":"sh","HostConfig":{"DnsSearch":["x.y"]}}`, outcome{waiter, []string{"sh", "-c", "x"}, "", "", "x.y"}},
+		{"folded names", "", `{"image":"sh","hostconfig":{"networkmode":"host"}}`, outcome{nil, nil, "-", "", ""}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			b := start(t, nil)
+			if code, answer := b.post(t, "/v1.41/containers/create"+c.query, c.body); code != http.StatusCreated {
+				t.Fatalf("got %d %s", code, answer)
+			}
+			var got created
+			if err := json.Unmarshal(b.daemon.created, &got); err != nil {
+				t.Fatal(err)
+			}
+			have := outcome{got.Entrypoint, got.Cmd, "-", got.Hostname, strings.Join(got.HostConfig.DnsSearch, " ")}
+			if v, ok := got.Labels[LabelAddrs]; ok {
+				have.Label = v
+			}
+			if c.want.Entrypoint == nil { // as it came
+				have.Entrypoint, have.Cmd = nil, nil
+			}
+			if diff := cmp.Diff(c.want, have); diff != "" {
+				t.Errorf("(-want +got)\n%s\n%s", diff, b.daemon.created)
+			}
+			if attached := have.Label != "-" && have.Label != "none"; attached != (len(got.HostConfig.Dns) == 1) {
+				t.Errorf("name servers %v", got.HostConfig.Dns)
+			}
+			if waits := c.want.Entrypoint != nil; waits != (len(got.HostConfig.Binds) == 1) {
+				t.Errorf("binds %v", got.HostConfig.Binds)
+			}
+		})
+	}
+}
+
+func TestCreateRefuses(t *testing.T) {
+	b := start(t, nil)
+	for _, body := range []string{
+		`{"Image":"sh","Env":["MESH_CIDR=10.0.0.0/8"]}`,
+		`{"Image":"sh","Env":["MESH_CIDR=nonsense"]}`,
+		`{"Image":"sh","Env":["WEAVE_CIDR=none ip:10.2.1.1/24"]}`,
+		`{"Image":"sh","HostConfig":{},"hostconfig":{"NetworkMode":"host"}}`,
+		`{"Image":"sh","HostConfig":{"NetworkMode":"host","networkMode":""}}`,
+		`{"Image":"sh","Env":"MESH_CIDR=none"}`,
+		`{"Image":7}`,
+		`[]`, `{`, `{} x`,
+		`{"a":` + strings.Repeat(`[`, 10000) + strings.Repeat(`]`, 10000) + `}`,
+	} {
+		code, answer := b.post(t, "/v1.41/containers/create", body)
+		var doc struct{ Message string }
+		if json.Unmarshal([]byte(answer), &doc) != nil || code != http.StatusBadRequest || !strings.HasPrefix(doc.Message, "meshd: ") {
+			t.Errorf("%.80s: got %d %s", body, code, answer)
+		}
+	}
+	if b.daemon.created != nil {
+		t.Errorf("the daemon got %s", b.daemon.created)
+	}
+	if code, _ := b.post(t, "/containers/create", `{"x":"`+strings.Repeat("y", maxBody)+`"}`); code != http.StatusRequestEntityTooLarge {
+		t.Errorf("giant body: got %d", code)
+	}
+}
+
+func TestStart(t *testing.T) {
+	b := start(t, nil)
+	if code, answer := b.post(t, "/v1.41/containers/ours/start", ""); code != http.StatusNoContent {
+		t.Fatalf("got %d %s", code, answer)
+	}
+	want := []Request{{
+		Container: "c0ffee", Addrs: []mesh.AddrSpec{{Kind: mesh.AddrSubnet, Prefix: netip.MustParsePrefix("10.2.0.0/16")}},
+		RewriteHosts: true, AddHosts: []string{"db:1.2.3.4"},
+	}}
+	if diff := cmp.Diff(want, b.containers.requests, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
+	}
+	if code, _ := b.post(t, "/containers/plain/start", ""); code != http.StatusNoContent || len(b.containers.requests) != 1 {
+		t.Errorf("a container that is not ours: got %d, %d requests", code, len(b.containers.requests))
+	}
+	b.containers.err = errors.New("no address is free")
+	code, answer := b.post(t, "/containers/ours/restart", "")
+	if code != http.StatusInternalServerError || !strings.Contains(answer, "no address is free") {
+		t.Errorf("failed attach: got %d %s", code, answer)
+	}
+	if last := b.daemon.calls[len(b.daemon.calls)-1]; last != "POST /containers/c0ffee/kill" {
+		t.Errorf("the last call was %s", last)
+	}
+	if code, _ := b.post(t, "/containers/ours/start", `{"Binds":[]}`); code != http.StatusBadRequest {
+		t.Errorf("settings at start: got %d", code)
+	}
+}
+
+func TestInspectRewritten(t *testing.T) {
+	b := start(t, func(c *Config) { c.RewriteInspect = true })
+	resp, err := b.client.Get("http://docker/containers/ours/json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, _ := io.ReadAll(resp.Body)
+	want := `"NetworkSettings":{"IPAddress":"10.32.0.1","Ports":{},"MacAddress":"02:00:00:00:00:01","IPPrefixLen":12}`
+	if !bytes.Contains(body, []byte(want)) {
+		t.Errorf("got %s", body)
+	}
+}
+
+// A hijacked stream ends each way on its own: what the daemon says after the client is done still arrives.
+func TestHijackHalfClose(t *testing.T) {
+	for _, upgrade := range []bool{true, false} {
+		t.Run(fmt.Sprint("upgrade ", upgrade), func(t *testing.T) {
+			b := start(t, nil)
+			b.daemon.handler = func(w http.ResponseWriter, r *http.Request) {
+				conn, rw, err := http.NewResponseController(w).Hijack()
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer conn.Close()
+				if upgrade {
+					io.WriteString(conn, "HTTP/1.1 101 UPGRADED\r\nContent-Type: application/vnd.docker.raw-stream\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\nhello\n")
+				} else {
+					io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Type: application/vnd.docker.raw-stream\r\n\r\nhello\n")
+				}
+				all, err := io.ReadAll(rw)
+				fmt.Fprintf(conn, "got %d bytes, %v\n", len(all), err)
+			}
+			conn, err := net.Dial("unix", b.socket)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			head := "POST /containers/x/attach?stdin=1 HTTP/1.1\r\nHost: docker\r\n"
+			if upgrade {
+				head += "Connection: Upgrade\r\nUpgrade: tcp\r\n"
+			}
+			io.WriteString(conn, head+"\r\n")
+			br := bufio.NewReader(conn)
+			for line := ""; line != "hello\n"; {
+				if line, err = br.ReadString('\n'); err != nil {
+					t.Fatal(err)
+				}
+			}
+			conn.Write(bytes.Repeat([]byte("x"), 1<<20))
+			conn.(*net.UnixConn).CloseWrite()
+			rest, err := io.ReadAll(br)
+			if want := "got 1048576 bytes, <nil>\n"; string(rest) != want || err != nil {
+				t.Errorf("got %q, %v, want %q", rest, err, want)
+			}
+		})
+	}
+}
+
+func TestPassThrough(t *testing.T) {
+	b := start(t, nil)
+	b.daemon.handler = func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("X-Path", r.URL.EscapedPath())
+		w.Header().Set("X-Query", r.URL.RawQuery)
+		w.WriteHeader(http.StatusTeapot)
+		io.Copy(w, r.Body)
+	}
+	body := strings.Repeat("{\"a\":1,\"a\":2}\xff", 100000)
+	resp, err := b.client.Post("http://docker/v1.99/images/load%2Fx?a=b%20c&a", "application/x-tar", strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	got, _ := io.ReadAll(resp.Body)
+	if resp.StatusCode != http.StatusTeapot || string(got) != body ||
+		resp.Header.Get("X-Path") != "/v1.99/images/load%2Fx" || resp.Header.Get("X-Query") != "a=b%20c&a" {
+		t.Errorf("got %d, %d bytes, %v", resp.StatusCode, len(got), resp.Header)
+	}
+}
+
+func TestDaemonAbsent(t *testing.T) {
+	b := start(t, func(c *Config) { c.Docker = "unix:///nowhere/docker.sock" })
+	for _, path := range []string{"/version", "/containers/x/attach", "/containers/x/start", "/containers/create"} {
+		code, answer := b.post(t, path, `{"Image":"sh"}`)
+		if code < 400 || !json.Valid([]byte(answer)) || !strings.Contains(answer, "docker") {
+			t.Errorf("%s: got %d %s", path, code, answer)
+		}
+	}
+}
+
+func TestListenRefuses(t *testing.T) {
+	dir := t.TempDir()
+	first, err := listen("unix://"+dir+"/a.sock", Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	for endpoint, want := range map[string]string{
+		"unix://" + dir + "/a.sock": "another process listens",
+		"unix://" + dir:             "no socket",
+		"unix://relative":           "absolute",
+		"http://x":                  "neither",
+		"tcp://0.0.0.0:0":           "root on this host",
+		"nonsense":                  "neither",
+	} {
+		l, err := listen(endpoint, Config{})
+		if err == nil {
+			l.Close()
+			t.Errorf("%s: listens", endpoint)
+		} else if !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: got %q, want %q", endpoint, err, want)
+		}
+	}
+}
+
+func TestWaiterInstall(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "wait")
+	for range 2 {
+		if err := wait.Install(dir); err != nil {
+			t.Fatal(err)
+		}
+		if !wait.Installed(dir) {
+			t.Fatal("not installed")
+		}
+	}
+}

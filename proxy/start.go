@@ -1,0 +1,153 @@
+package proxy
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strings"
+
+	"meshd/mesh"
+)
+
+// start passes start or restart on and answers when the container is attached: its own process runs only
+// then, for the waiter holds it. A container that cannot be attached is stopped and the reason reported.
+func (p *Proxy) start(w http.ResponseWriter, r *http.Request, version, name string) {
+	c, err := p.container(r.Context(), version, name)
+	if err != nil {
+		refuse(w, http.StatusBadGateway, "meshd: %v", err)
+		return
+	}
+	value, ours := c.Config.Labels[LabelAddrs]
+	specs, err := mesh.ParseAddrSpecs(value)
+	if !ours || len(specs) == 1 && specs[0].Kind == mesh.AddrNone {
+		p.backend.forward(w, r)
+		return
+	}
+	if err != nil {
+		refuse(w, http.StatusInternalServerError, "meshd: container %s: label %s: %v", name, LabelAddrs, err)
+		return
+	}
+	if old := bodyOfOldClients(r); old {
+		refuse(w, http.StatusBadRequest, "meshd: a start request with settings of its own would undo those of create: use API version 1.24 or newer")
+		return
+	}
+	answer := &heldResponse{ResponseWriter: w}
+	p.backend.forward(answer, r)
+	if answer.code != http.StatusNoContent {
+		answer.release()
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), attachTimeout)
+	defer cancel()
+	err = p.containers.Attach(ctx, Request{
+		Container:        c.ID,
+		Addrs:            specs,
+		RewriteHosts:     !p.cfg.NoRewriteHosts && !c.HostConfig.NetworkMode.isUsers(),
+		AddHosts:         c.HostConfig.ExtraHosts,
+		WithoutDNS:       !p.cfg.DNS.IsValid(),
+		NoMulticastRoute: p.cfg.NoMulticastRoute,
+	})
+	if err == nil {
+		answer.release()
+		return
+	}
+	p.log.Warn("a container cannot be attached and is stopped", "container", c.ID, "err", err)
+	// With the client gone there is still a container to stop.
+	stop, cancelStop := context.WithTimeout(context.WithoutCancel(r.Context()), dialTimeout)
+	defer cancelStop()
+	code, body, kerr := p.backend.call(stop, http.MethodPost, version+"/containers/"+url.PathEscape(c.ID)+"/kill")
+	switch {
+	case kerr != nil:
+		p.log.Warn("cannot stop the container", "container", c.ID, "err", kerr)
+	case code == http.StatusConflict || code == http.StatusNotFound: // it is not running any more
+	case code >= 400:
+		p.log.Warn("cannot stop the container", "container", c.ID, "err", strings.TrimSpace(string(body)))
+	}
+	refuse(w, http.StatusInternalServerError, "meshd: container %s: %v", name, err)
+}
+
+// bodyOfOldClients reports whether the request brings a HostConfig, as API versions before 1.24 allow.
+func bodyOfOldClients(r *http.Request) bool {
+	return r.ContentLength > 2 || r.ContentLength < 0 && len(r.TransferEncoding) > 0
+}
+
+// container is the part of an inspect answer that the proxy reads.
+type container struct {
+	ID     string `json:"Id"`
+	Config struct{ Labels map[string]string }
+	// HostConfig as the daemon keeps it, after create.
+	HostConfig struct {
+		NetworkMode networkMode
+		ExtraHosts  []string
+	}
+}
+
+type networkMode string
+
+// isUsers reports whether the network is one that the user made. Docker writes /etc/hosts there whenever
+// another container joins, and has names of its own.
+func (m networkMode) isUsers() bool {
+	switch m {
+	case "", "default", "bridge", "none":
+		return false
+	}
+	return true
+}
+
+// container inspects one. An unknown one is the zero value: the daemon says so itself.
+func (p *Proxy) container(ctx context.Context, version, name string) (container, error) {
+	code, body, err := p.backend.call(ctx, http.MethodGet, version+"/containers/"+url.PathEscape(name)+"/json")
+	if err != nil {
+		return container{}, fmt.Errorf("inspect container %s: %w", name, err)
+	}
+	var c container
+	if code != http.StatusOK {
+		return c, nil
+	}
+	if err := json.Unmarshal(body, &c); err != nil {
+		return c, fmt.Errorf("inspect container %s: %w", name, err)
+	}
+	return c, nil
+}
+
+// heldResponse keeps an answer without a body back until release; one with a body passes at once.
+type heldResponse struct {
+	http.ResponseWriter
+	code int
+	sent bool
+}
+
+func (h *heldResponse) WriteHeader(code int) {
+	if code < http.StatusOK { // informational, others follow
+		h.ResponseWriter.WriteHeader(code)
+		return
+	}
+	if h.code = code; code != http.StatusNoContent {
+		h.release()
+	}
+}
+
+func (h *heldResponse) Write(b []byte) (int, error) {
+	if h.code == 0 {
+		h.code = http.StatusOK
+	}
+	h.release()
+	return h.ResponseWriter.Write(b)
+}
+
+// Flush does nothing while the answer is held.
+func (h *heldResponse) Flush() {
+	if f, ok := h.ResponseWriter.(http.Flusher); ok && h.sent {
+		f.Flush()
+	}
+}
+
+func (h *heldResponse) release() {
+	if h.sent || h.code == 0 {
+		return
+	}
+	h.sent = true
+	h.ResponseWriter.WriteHeader(h.code)
+}

@@ -1,0 +1,6 @@
+package wait
+
+import _ "embed"
+
+//go:embed wait_arm64
+var program []byte
