@@ -1,0 +1,163 @@
+package records
+
+import (
+	"bytes"
+	"math/rand/v2"
+	"net/netip"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"meshd/mesh"
+)
+
+// randomRecord draws from few peers, owners and names, so that keys and versions meet.
+func randomRecord(r *rand.Rand) record {
+	peer := mesh.PeerName{5: byte(1 + r.IntN(3))}
+	ver := version{gen: uint64(1+r.IntN(3)) << 32, seq: uint64(r.IntN(8))}
+	owner := []string{"c1", strings.Repeat("0f", 32), mesh.OwnerExpose}[r.IntN(3)]
+	switch r.IntN(8) {
+	case 0:
+		return &floor{peer: peer, ver: ver}
+	case 1, 2, 3:
+		h := &handmade{
+			addr:  []netip.Addr{netip.MustParseAddr("10.32.0.7"), netip.MustParseAddr("fd00::7")}[r.IntN(2)],
+			owner: []string{owner, mesh.OwnerExtern}[r.IntN(2)],
+			name:  []string{"db.mesh.internal.", "x.db.mesh.internal."}[r.IntN(2)],
+			clock: uint64(r.IntN(6)), writer: peer, gone: r.IntN(2) == 0,
+		}
+		if h.gone {
+			h.age = time.Duration(r.IntN(500)) * time.Minute
+		}
+		return h
+	}
+	e := &endpoint{peer: peer, mac: mesh.MAC{2, 5: byte(r.IntN(2))}, owner: owner, part: uint8(r.IntN(2)), ver: ver, gone: r.IntN(3) == 0}
+	if e.gone {
+		return e
+	}
+	e.parts = e.part + 1
+	for i := range r.IntN(3) {
+		e.addrs = append(e.addrs, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 32, byte(i), byte(r.IntN(4))}), 12))
+	}
+	if r.IntN(2) == 0 {
+		e.addrs = append(e.addrs, netip.MustParsePrefix("fd00::1/64"))
+	}
+	for i := range r.IntN(3) {
+		e.names = append(e.names, string(rune('a'+i))+".mesh.internal.")
+	}
+	return e
+}
+
+func encodeAll(recs ...record) []byte {
+	b := []byte{deltaVersion}
+	for _, rec := range recs {
+		b = appendRow(b, rec)
+	}
+	return b
+}
+
+func TestCodecRoundTrip(t *testing.T) {
+	seed := rand.Uint64()
+	r := rand.New(rand.NewPCG(seed, 0))
+	for range 100_000 {
+		in := []record{randomRecord(r), randomRecord(r)}
+		out, err := parseDelta(encodeAll(in...))
+		if err != nil || !reflect.DeepEqual(in, out) {
+			t.Fatalf("seed %d: got %+v, %v, want %+v", seed, out, err, in)
+		}
+	}
+}
+
+// The form on the wire is fixed: peers of other builds read it.
+func TestCodecGolden(t *testing.T) {
+	peer := mesh.PeerName{0x7a, 0x9f, 0xeb, 0xb6, 0x0c, 0x6e}
+	for _, c := range []struct {
+		rec  record
+		want string
+	}{
+		{&floor{peer: peer, ver: version{gen: 2<<32 | 9, seq: 300}},
+			"\x01\x01\x90\x00z\x9f\xeb\xb6\x0cn\x00\x00\x00\x02\x00\x00\x00\x09\xac\x02"},
+		{&endpoint{peer: peer, mac: mesh.MAC{2, 1}, owner: "c1", ver: version{gen: 1 << 32, seq: 1}, parts: 1,
+			addrs: []netip.Prefix{netip.MustParsePrefix("10.32.0.1/12")}, names: []string{"w.m."}},
+			"\x01\x02\xa7\x00z\x9f\xeb\xb6\x0cn\x02\x01\x00\x00\x00\x00\x00\x02c1" +
+				"\x00\x00\x00\x01\x00\x00\x00\x00\x01\x00\x01\x01\x0c\x0a\x20\x00\x01\x01\x04w.m."},
+		{&handmade{addr: netip.MustParseAddr("10.0.0.1"), owner: "x", name: "a.m.", clock: 5, writer: peer, gone: true, age: 3 * time.Minute},
+			"\x01\x03\x95\x00\x04\x0a\x00\x00\x01\x01x\x04a.m.\x05z\x9f\xeb\xb6\x0cn\x01\x03"},
+	} {
+		if got := string(encodeAll(c.rec)); got != c.want {
+			t.Errorf("%+v\n got %q\nwant %q", c.rec, got, c.want)
+		}
+	}
+}
+
+func TestCodecRefuses(t *testing.T) {
+	good := encodeAll(&handmade{addr: netip.MustParseAddr("10.0.0.1"), owner: "x", name: "a.m.", clock: 5, writer: mesh.PeerName{1}})
+	if _, err := parseDelta(good); err != nil {
+		t.Fatal(err)
+	}
+	for n := range len(good) {
+		if recs, err := parseDelta(good[:n]); err == nil && n != 1 {
+			t.Errorf("the first %d bytes: got %v, want an error", n, recs)
+		}
+	}
+	later := append(bytes.Clone(good), 99, 3, 1, 2, 3) // a kind to come
+	if recs, err := parseDelta(later); err != nil || len(recs) != 1 {
+		t.Errorf("unknown kind: got %v, %v", recs, err)
+	}
+	for what, rec := range map[string]record{
+		"upper case":       &handmade{addr: netip.MustParseAddr("10.0.0.1"), owner: "x", name: "A.m.", writer: mesh.PeerName{1}},
+		"no owner":         &handmade{addr: netip.MustParseAddr("10.0.0.1"), name: "a.m.", writer: mesh.PeerName{1}},
+		"no writer":        &handmade{addr: netip.MustParseAddr("10.0.0.1"), owner: "x", name: "a.m."},
+		"mapped address":   &handmade{addr: netip.MustParseAddr("::ffff:10.0.0.1"), owner: "x", name: "a.m.", writer: mesh.PeerName{1}},
+		"generation":       &floor{peer: mesh.PeerName{1}, ver: version{gen: maxGen}},
+		"group MAC":        &endpoint{peer: mesh.PeerName{1}, mac: mesh.MAC{1}, owner: "x", gone: true},
+		"part beyond":      &endpoint{peer: mesh.PeerName{1}, owner: "x", part: 1, parts: 1},
+		"unsorted names":   &endpoint{peer: mesh.PeerName{1}, owner: "x", parts: 1, names: []string{"b.m.", "a.m."}},
+		"control in owner": &endpoint{peer: mesh.PeerName{1}, owner: "x\n", gone: true},
+	} {
+		if _, err := parseDelta(encodeAll(rec)); err == nil {
+			t.Errorf("%s: want an error", what)
+		}
+	}
+}
+
+func FuzzDelta(f *testing.F) {
+	r := rand.New(rand.NewPCG(1, 2))
+	for range 20 {
+		f.Add(encodeAll(randomRecord(r), randomRecord(r)))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		recs, err := parseDelta(b)
+		if err != nil {
+			return
+		}
+		again, err := parseDelta(encodeAll(recs...))
+		if err != nil || !reflect.DeepEqual(recs, again) {
+			t.Fatalf("got %+v, %v, want %+v", again, err, recs)
+		}
+		table := openTest(t, 9, nil)
+		if _, err := table.Merge(mesh.PeerName{1}, b); err != nil {
+			t.Fatal(err)
+		}
+		if news, _ := table.Merge(mesh.PeerName{1}, b); news != nil {
+			t.Fatalf("the second time: got %q as news", news)
+		}
+		before := table.Items()
+		for _, delta := range table.Encode(keysOf(before), 1100) {
+			if news, err := table.Merge(mesh.PeerName{1}, delta); news != nil || err != nil {
+				t.Fatalf("own rows came back as news: %q, %v", news, err)
+			}
+		}
+	})
+}
+
+func keysOf(items []mesh.Item) []uint64 {
+	keys := make([]uint64, len(items))
+	for i, it := range items {
+		keys[i] = it.Key
+	}
+	slices.Sort(keys)
+	return keys
+}
