@@ -1,0 +1,217 @@
+package integration
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"meshd/integration/lab"
+)
+
+// ifindexes tells which devices a host's mesh consists of: a device made anew has another index.
+func (w *world) ifindexes(h *lab.Host, c *member) string {
+	w.t.Helper()
+	inHost, err := h.Out(w.ctx, "/bin/sh", "-c", "for d in mesh mesh-tap; do echo $d $(cat /sys/class/net/$d/ifindex); done; "+
+		"ls /sys/class/net | grep vmesh")
+	w.try(err)
+	inContainer, err := c.Out(w.ctx, "ip", "-o", "addr", "show", "dev", "ethmesh")
+	w.try(err)
+	return inHost + "\n" + inContainer
+}
+
+// TestKill ends one meshd with SIGKILL, while the containers of all hosts talk.
+func TestKill(t *testing.T) {
+	w := newWorld(t, 3, 90*time.Second)
+	h1, h3 := w.Host(1), w.Host(3)
+	w.mesh()
+	c1 := w.netns(h1, "c1", "10.2.1.1/24")
+	c2 := w.netns(w.Host(2), "c2", "10.2.1.2/24")
+	c3 := w.netns(h3, "c3", "10.2.1.3/24")
+	for _, c := range []*member{c2, c3} {
+		_, err := c1.WaitPing(w.ctx, c.addr, 5*time.Second)
+		w.try(err)
+	}
+	devices := w.ifindexes(h3, c3)
+	others := w.watch(c1, c2, time.Millisecond)
+	w.try(h3.Kill(w.ctx, h3.Meshd(), syscall.SIGKILL))
+	w.try(lab.Until(w.ctx, 5*time.Second, "meshd to end", func() bool { return h3.Meshd() == 0 }))
+
+	// The others forget the way to it: the figure is 3 s by the keepalive of links.
+	start := time.Now()
+	w.try(lab.Until(w.ctx, 15*time.Second, "h1 to notice", func() bool { return h1.Established(w.ctx)["h3"].State == "" && w.route(h1, h3) == "" }))
+	w.within("routes to the dead peer withdrawn", time.Since(start), 3*time.Second)
+	if got := w.ifindexes(h3, c3); got != devices {
+		t.Errorf("without meshd the devices are\n%s\nand were\n%s", got, devices)
+	}
+
+	start = time.Now()
+	w.launch(h3, h1.Addr.String())
+	_, err := c1.WaitPing(w.ctx, c3.addr, 10*time.Second)
+	w.try(err)
+	w.within("traffic after the restart", time.Since(start), 2*time.Second)
+	if got := w.ifindexes(h3, c3); got != devices {
+		t.Errorf("after the restart the devices are\n%s\nand were\n%s", got, devices)
+	}
+	if out, err := h3.Must(w.ctx, "ps"); err != nil || !strings.Contains(out, "10.2.1.3/24") {
+		t.Errorf("after the restart ps says: %v %q", err, out)
+	}
+	_, err = lab.WaitMesh(w.ctx, 5*time.Second, w.Hosts...)
+	w.try(err)
+	w.pings(c3, c2, 5, 10000)
+	r := w.end(others)
+	t.Log("between the others: ", r)
+	if r.Lost+r.Duplicated+r.SendErrors > 0 {
+		t.Errorf("traffic between the others: %v, want nothing lost", r)
+	}
+}
+
+// TestRestartWithFrames stops and starts one meshd in good order under traffic to its own container.
+func TestRestartWithFrames(t *testing.T) {
+	w := newWorld(t, 2, time.Minute)
+	w.mesh()
+	c1 := w.netns(w.Host(1), "c1", "10.2.1.1/24")
+	c2 := w.netns(w.Host(2), "c2", "10.2.1.2/24")
+	_, err := c1.WaitPing(w.ctx, c2.addr, 5*time.Second)
+	w.try(err)
+	p := w.watch(c1, c2, time.Millisecond)
+	_, err = w.Host(2).Must(w.ctx, "stop")
+	w.try(err)
+	if pid := w.Host(2).Meshd(); pid != 0 {
+		t.Errorf("after stop meshd runs as %d", pid)
+	}
+	start := time.Now()
+	w.launch(w.Host(2), "--resume")
+	_, err = c1.WaitPing(w.ctx, c2.addr, 10*time.Second)
+	w.try(err)
+	w.within("traffic after stop and launch", time.Since(start), 2*time.Second)
+	t.Log(w.end(p))
+}
+
+// TestJoinTen starts ten peers at once and wants a full mesh.
+func TestJoinTen(t *testing.T) {
+	w := newWorld(t, 10, time.Minute)
+	for _, h := range w.Hosts {
+		w.planReset(h)
+	}
+	start := time.Now()
+	var wg sync.WaitGroup
+	errs := make([]error, len(w.Hosts))
+	for i, h := range w.Hosts {
+		wg.Go(func() {
+			var args []string
+			if i > 0 {
+				args = []string{w.Host(1).Addr.String()}
+			}
+			errs[i] = h.Launch(w.ctx, args...)
+		})
+	}
+	wg.Wait()
+	for _, err := range errs {
+		w.try(err)
+	}
+	launched := time.Since(start)
+	_, err := lab.WaitMesh(w.ctx, 20*time.Second, w.Hosts...)
+	w.try(err)
+	t.Logf("all launched after %v", launched)
+	w.within("ten peers to full mesh", time.Since(start), 5*time.Second)
+	for _, h := range w.Hosts {
+		r, err := h.Report(w.ctx)
+		w.try(err)
+		if len(r.Router.Peers) != 10 {
+			t.Errorf("%s knows %d peers", h.Name, len(r.Router.Peers))
+		}
+	}
+}
+
+// usage is what one meshd has used so far.
+type usage struct {
+	rss     int // KiB
+	cpu     time.Duration
+	in, out uint64 // bytes on the underlay
+}
+
+func (w *world) usage(h *lab.Host) (u usage) {
+	w.t.Helper()
+	pid := h.Meshd()
+	status, err := h.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	w.try(err)
+	for line := range strings.Lines(string(status)) {
+		if f := strings.Fields(line); f[0] == "VmRSS:" {
+			u.rss, _ = strconv.Atoi(f[1])
+		}
+	}
+	stat, err := h.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	w.try(err)
+	f := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
+	user, _ := strconv.Atoi(f[11])
+	system, _ := strconv.Atoi(f[12])
+	u.cpu = time.Duration(user+system) * 10 * time.Millisecond // USER_HZ is 100 everywhere
+	for path, v := range map[string]*uint64{"rx_bytes": &u.in, "tx_bytes": &u.out} {
+		data, err := h.ReadFile("/sys/class/net/eth0/statistics/" + path)
+		w.try(err)
+		*v, _ = strconv.ParseUint(strings.TrimSpace(string(data)), 10, 64)
+	}
+	return u
+}
+
+// TestIdleCost reports what a peer costs when nothing happens, in meshes of 2, 10 and 25.
+func TestIdleCost(t *testing.T) {
+	w := newWorld(t, 25, 3*time.Minute)
+	window := 5 * time.Second
+	if long() {
+		window = time.Minute
+	}
+	running := 0
+	for _, size := range []int{2, 10, 25} {
+		for ; running < size; running++ {
+			var args []string
+			if running > 0 {
+				args = []string{w.Host(1).Addr.String()}
+			}
+			w.launch(w.Hosts[running], args...)
+		}
+		took, err := lab.WaitMesh(w.ctx, 60*time.Second, w.Hosts[:size]...)
+		w.try(err)
+		t.Logf("%d peers: full mesh %v after the last launch", size, took.Round(time.Millisecond))
+		w.rest(3 * time.Second) // what joining set in motion comes to rest
+		before := make([]usage, size)
+		for i := range size {
+			before[i] = w.usage(w.Hosts[i])
+		}
+		start := time.Now()
+		w.rest(window)
+		var rss int
+		var cpu time.Duration
+		var in, out uint64
+		for i := range size {
+			u := w.usage(w.Hosts[i])
+			rss += u.rss
+			cpu += u.cpu - before[i].cpu
+			in += u.in - before[i].in
+			out += u.out - before[i].out
+		}
+		took = time.Since(start)
+		n, seconds := float64(size), took.Seconds()
+		t.Logf("%d peers, idle, each: %.1f MiB RSS, %.2f %% of a CPU, %.0f B/s in, %.0f B/s out",
+			size, float64(rss)/n/1024, 100*cpu.Seconds()/n/seconds, float64(in)/n/seconds, float64(out)/n/seconds)
+		if mib := float64(rss) / n / 1024; mib > 64 {
+			t.Errorf("%.1f MiB each, want less than 64", mib)
+		}
+		if load := 100 * cpu.Seconds() / n / seconds; load > 5 {
+			t.Errorf("%.2f %% of a CPU each, want less than 5", load)
+		}
+	}
+}
+
+// rest lets time pass in which nothing is done: it is what is measured.
+func (w *world) rest(d time.Duration) {
+	select {
+	case <-time.After(d):
+	case <-w.ctx.Done():
+		w.t.Fatal(w.ctx.Err())
+	}
+}
