@@ -107,9 +107,9 @@ func newFlags(o *options) *pflag.FlagSet {
 	})
 	f.BoolVar(&o.help, "help", false, "print this and exit")
 	f.BoolVar(&o.version, "version", false, "print the version and exit")
-	f.BoolVar(&o.check, "check", false, "check the options and exit; nothing is touched")
+	f.BoolVar(&o.check, "check", false, "check the options, print them as a configuration file and exit; nothing is touched")
 	f.BoolVar(&o.reset, "reset", false, "remove everything that meshd left on this host, its state included, and exit; meshd must not be running")
-	f.StringVar(&o.configFile, "config", "", "file of `name = value` lines; "+defaultConfigFile+" is read when it exists")
+	f.StringVar(&o.configFile, "config", "", "`file` of lines \"name = value\"; "+defaultConfigFile+" is read when it exists")
 
 	f.StringVar(&o.host, "host", "", "IP `address` to bind for the tunnel; empty means all")
 	f.IntVar(&o.port, "port", 6783, "UDP and TCP port of the tunnel")

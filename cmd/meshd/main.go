@@ -13,6 +13,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -57,6 +58,7 @@ func run(args []string, env environment, stdout, stderr io.Writer) int {
 	}
 	cfg.Underlay.Password = password
 	if o.check {
+		printOptions(stdout, flags)
 		return exitOK
 	}
 	if os.Geteuid() != 0 {
@@ -64,6 +66,9 @@ func run(args []string, env environment, stdout, stderr io.Writer) int {
 		return exitFailed
 	}
 	log := newLogger(stderr, cfg.Log)
+	if err := os.Chdir("/"); err != nil { // hold no directory that somebody wants to unmount
+		log.Warn("cannot leave the working directory", "err", err)
+	}
 	if err := scrubEnvironment(passwordVariables...); err != nil {
 		log.Warn("the password stays visible to root in this process's environment", "err", err)
 	}
@@ -132,7 +137,7 @@ func logOptions(log *slog.Logger, flags *pflag.FlagSet) {
 		switch {
 		case f.Hidden && f.Changed:
 			idle = append(idle, "--"+f.Name)
-		case !f.Hidden:
+		case !f.Hidden && !slices.Contains(commandFlags, f.Name):
 			attrs = append(attrs, slog.String(f.Name, f.Value.String()))
 		}
 	})
@@ -140,6 +145,22 @@ func logOptions(log *slog.Logger, flags *pflag.FlagSet) {
 	if len(idle) > 0 {
 		log.Warn("options that have no effect here", "options", strings.Join(idle, " "))
 	}
+}
+
+// printOptions writes every option with its value in force, as a configuration file.
+func printOptions(w io.Writer, flags *pflag.FlagSet) {
+	flags.VisitAll(func(f *pflag.Flag) {
+		if f.Hidden || slices.Contains(commandFlags, f.Name) {
+			return
+		}
+		values := []string{f.Value.String()}
+		if list, ok := f.Value.(pflag.SliceValue); ok {
+			values = list.GetSlice()
+		}
+		for _, v := range values {
+			fmt.Fprintf(w, "%s = %s\n", f.Name, v)
+		}
+	})
 }
 
 func printUsage(w io.Writer, flags *pflag.FlagSet) {

@@ -1,0 +1,31 @@
+// Command meshctl steers meshd: one subcommand is one call of the control API and one printed answer.
+// Only the answer goes to standard output. launch, stop and reset also start and end the daemon.
+package main
+
+import (
+	"context"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+)
+
+// version is set by the linker.
+var version = "unreleased"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	a := &app{env: os.LookupEnv, stdout: os.Stdout, stderr: os.Stderr}
+	code := a.run(ctx, os.Args[1:])
+	stop()
+	os.Exit(code)
+}
+
+// app is one run of the program: what it reads and where it writes.
+type app struct {
+	env    func(name string) (value string, ok bool)
+	stdout io.Writer
+	stderr io.Writer
+
+	flags globalFlags // set while the command line is parsed
+}
