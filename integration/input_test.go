@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -217,13 +218,13 @@ func TestRefusedLaunch(t *testing.T) {
 	h := w.Host(1)
 	before, err := h.Snapshot(w.ctx)
 	w.try(err)
-	refused := func(name string, set, undo []string, words ...string) {
+	// refused sets something in the way, wants launch to say each of the words and to leave nothing.
+	refused := func(name string, set func() (undo func() error, err error), words ...string) {
 		t.Run(name, func(t *testing.T) {
 			w := w.in(t)
-			for _, line := range set {
-				_, err := h.Out(w.ctx, "/bin/sh", "-c", line)
-				w.try(err)
-			}
+			undo, err := set()
+			w.try(err)
+			defer func() { w.try(undo()) }()
 			with, err := h.Snapshot(w.ctx)
 			w.try(err)
 			w.refused(h, 1, words, "launch")
@@ -245,19 +246,32 @@ func TestRefusedLaunch(t *testing.T) {
 			if diff := ignoreState(with).Diff(ignoreState(after)); len(diff) > 0 {
 				t.Errorf("the refused launch left:\n%s", strings.Join(diff, "\n"))
 			}
-			for _, line := range undo {
-				_, err := h.Out(w.ctx, "/bin/sh", "-c", line)
-				w.try(err)
-			}
 		})
 	}
-	background := " </dev/null >/dev/null 2>&1 & echo $! > /etc/holder; for i in $(seq 100); do ss -Hlntu | grep -q ':6783 ' && exit 0; sleep 0.01; done; exit 1"
-	kill := "kill $(cat /etc/holder)"
-	refused("UDPPortTaken", []string{"socat -u udp-recv:6783 -" + background}, []string{kill}, "6783", "in use")
-	refused("TCPPortTaken", []string{"socat -u tcp-listen:6783 -" + background}, []string{kill}, "6783", "in use")
-	refused("NoTUN", []string{"mount -t tmpfs none /dev/net"}, []string{"umount /dev/net"}, "/dev/net/tun")
-	refused("BridgeOfWrongKind", []string{"ip link add mesh type vxlan id 7 dstport 4790 local 198.18.1.2"}, []string{"ip link del mesh"}, "mesh", "vxlan", "bridge")
-	refused("TAPOfWrongKind", []string{"ip link add mesh-tap type bridge"}, []string{"ip link del mesh-tap"}, "mesh-tap", "bridge")
+	listener := func(open func() (io.Closer, error)) func() (func() error, error) {
+		return func() (undo func() error, err error) {
+			err = h.Do(func() error {
+				l, err := open()
+				if err == nil {
+					undo = l.Close
+				}
+				return err
+			})
+			return undo, err
+		}
+	}
+	command := func(set, undo string) func() (func() error, error) {
+		run := func(line string) error {
+			_, err := h.Out(w.ctx, "/bin/sh", "-c", line)
+			return err
+		}
+		return func() (func() error, error) { return func() error { return run(undo) }, run(set) }
+	}
+	refused("UDPPortTaken", listener(func() (io.Closer, error) { return net.ListenPacket("udp", ":6783") }), "6783", "in use")
+	refused("TCPPortTaken", listener(func() (io.Closer, error) { return net.Listen("tcp", ":6783") }), "6783", "in use")
+	refused("NoTUN", command("mount -t tmpfs none /dev/net", "umount /dev/net"), "/dev/net/tun")
+	refused("BridgeOfWrongKind", command("ip link add mesh type vxlan id 7 dstport 4790 local 198.18.1.2", "ip link del mesh"), "mesh", "vxlan", "bridge")
+	refused("TAPOfWrongKind", command("ip link add mesh-tap type bridge", "ip link del mesh-tap"), "mesh-tap", "bridge")
 	t.Run("NotRoot", func(t *testing.T) {
 		w := w.in(t)
 		r, err := h.Run(w.ctx, "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", w.copyOfMeshctl(), "launch")

@@ -22,13 +22,13 @@ func Requirements() error {
 		return errors.New("hosts made of namespaces need root")
 	}
 	var missing []string
-	for _, tool := range []string{"ip", "nft", "sysctl", "mount", "ss"} {
+	for _, tool := range []string{"ip", "nft", "sysctl", "mount", "ss", "ping"} {
 		if _, err := lookPath(tool); err != nil {
 			missing = append(missing, tool)
 		}
 	}
 	if len(missing) > 0 {
-		return fmt.Errorf("not installed: %s (Debian: apt-get install iproute2 nftables procps mount)", strings.Join(missing, ", "))
+		return fmt.Errorf("not installed: %s (Debian: apt-get install iproute2 nftables procps mount iputils-ping)", strings.Join(missing, ", "))
 	}
 	return nil
 }
