@@ -32,9 +32,9 @@ func (r *Ring) Accepts(cluster uint64, rng netip.Prefix) error {
 }
 
 // Merge takes over from the delta whatever is newer, and returns just that. The first delta with a
-// cluster founds this view. Addresses of a fenced owner are frozen within their epoch unless thaw, which
-// may be nil, says otherwise for that owner.
-func (r *Ring) Merge(d Delta, thaw func(owner ID) bool) (news Delta, err error) {
+// cluster founds this view. Addresses whose present owner is frozen, says the caller, change only by a takeover;
+// a nil function freezes nobody.
+func (r *Ring) Merge(d Delta, frozen func(owner ID) bool) (news Delta, err error) {
 	if err := r.check(d); err != nil {
 		return Delta{}, err
 	}
@@ -54,7 +54,7 @@ func (r *Ring) Merge(d Delta, thaw func(owner ID) bool) (news Delta, err error) 
 			news.Members = append(news.Members, m)
 		}
 	}
-	news.Segments = r.mergeSegments(d.Segments, thaw)
+	news.Segments = r.mergeSegments(d.Segments, frozen)
 	if !news.Empty() {
 		r.gen++
 	}
@@ -137,20 +137,20 @@ func (r *Ring) stampOrder(a, b token) int {
 // nearby is how many untouched tokens between two segments are rather walked over than spliced around.
 const nearby = 64
 
-func (r *Ring) mergeSegments(segs []Segment, thaw func(ID) bool) (news []Segment) {
+func (r *Ring) mergeSegments(segs []Segment, frozen func(ID) bool) (news []Segment) {
 	for len(segs) > 0 {
 		n := 1
 		for n < len(segs) && r.at(segs[n].Start)-r.at(segs[n-1].End-1) < nearby {
 			n++
 		}
-		news = r.mergeGroup(segs[:n], thaw, news)
+		news = r.mergeGroup(segs[:n], frozen, news)
 		segs = segs[n:]
 	}
 	return news
 }
 
 // mergeGroup lays the segments over the tokens between the first and the last of them.
-func (r *Ring) mergeGroup(segs []Segment, thaw func(ID) bool, news []Segment) []Segment {
+func (r *Ring) mergeGroup(segs []Segment, frozen func(ID) bool, news []Segment) []Segment {
 	first, past := r.at(segs[0].Start), r.at(segs[len(segs)-1].End-1)+1
 	from := max(first-1, 0) // the neighbours may become one with what comes
 	to := min(past+1, len(r.tokens))
@@ -163,7 +163,7 @@ func (r *Ring) mergeGroup(segs []Segment, thaw func(ID) bool, news []Segment) []
 	}
 	for i := from; i < to; i++ {
 		cur, pos, end := r.tokens[i], r.tokens[i].start, r.end(i)
-		frozen := r.Fenced(r.ids[cur.owner]) && (thaw == nil || !thaw(r.ids[cur.owner]))
+		stuck := frozen != nil && frozen(r.ids[cur.owner])
 		for pos < end {
 			for len(segs) > 0 && segs[0].End <= pos {
 				segs = segs[1:]
@@ -180,7 +180,7 @@ func (r *Ring) mergeGroup(segs []Segment, thaw func(ID) bool, news []Segment) []
 			stop := min(s.End, end)
 			in := token{owner: r.intern(s.Owner), by: r.intern(s.By), epoch: s.Epoch, count: s.Count}
 			wins := r.stampOrder(in, cur) > 0
-			if wins && frozen && in.epoch == cur.epoch {
+			if wins && stuck && in.epoch == cur.epoch {
 				wins = false
 			}
 			r.noteConflict(pos, stop, in, cur, wins)

@@ -20,9 +20,9 @@
 //
 // # Fences
 //
-// A member that was declared lost is fenced, for ever: others may still hear of what it wrote, but the
-// addresses that it owns in this view are frozen. They change only by a takeover or with the consent of
-// the caller of Merge, which collects what was true before the fence.
+// A member that was declared lost is fenced, for ever. From when a peer has told the one who takes over
+// what it knows of the lost member's addresses, they are frozen in its view: only a takeover changes them.
+// Which owners are frozen the caller of Merge says.
 package ring
 
 import (
