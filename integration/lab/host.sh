@@ -20,7 +20,7 @@ mount -t bpf bpf /sys/fs/bpf
 mount -t overlay -o "lowerdir=/etc,upperdir=$scratch/etc,workdir=$scratch/etc.work" lab /etc
 mount -t overlay -o "lowerdir=/var,upperdir=$scratch/var,workdir=$scratch/var.work" lab /var
 mount -t tmpfs -o mode=0755 lab /run
-mkdir -p /run/lock /run/netns
+mkdir -p /run/lock /run/mount /run/netns
 rm -rf /etc/docker /etc/resolv.conf /etc/hosts /etc/hostname /var/lib/meshd /var/lib/docker /var/log/meshd*
 mkdir /var/lib/docker
 mount -t tmpfs -o mode=0710 lab /var/lib/docker
@@ -35,5 +35,7 @@ sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0
 ip link set lo up
 echo ready
 # The shell is process 1: while it waits, it also collects the orphans that end up with it.
-sleep 2147483647 &
-while :; do wait $! || :; done
+while :; do
+	sleep 2147483647 &
+	wait $! || :
+done

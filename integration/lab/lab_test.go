@@ -429,3 +429,34 @@ func TestCrash(t *testing.T) {
 		t.Errorf("cgroups are left: %s", out)
 	}
 }
+
+// TestReboot wants a host to come back as it was at first, but for its disk.
+func TestReboot(t *testing.T) {
+	l, ctx := newLab(t, 1)
+	h := l.Host(1)
+	before, err := h.Snapshot(ctx)
+	try(t, err)
+	try(t, h.StartDocker(ctx))
+	_, err = h.Docker(ctx, "keeps", "--restart", "always")
+	try(t, err)
+	_, err = h.Netns(ctx, "plain")
+	try(t, err)
+	_, err = h.Out(ctx, "/bin/sh", "-c", "ip link add b0 type bridge && nft add table inet x && mkdir /sys/fs/bpf/x && ip rule add from 10.9.9.9 lookup 99 && echo x > /var/lib/x")
+	try(t, err)
+	try(t, h.Reboot(ctx))
+	try(t, h.WaitSame(ctx, before))
+	if x, err := h.ReadFile("/var/lib/x"); err != nil || string(x) != "x\n" {
+		t.Errorf("the disk lost its file: %v", err)
+	}
+	try(t, h.StartDocker(ctx))
+	err = Until(ctx, 10*time.Second, "the container to be started again", func() bool {
+		out, err := h.Out(ctx, "docker", "inspect", "-f", "{{.State.Running}}", "keeps")
+		return err == nil && out == "true"
+	})
+	try(t, err)
+	c, err := h.Adopt(ctx, "keeps", "keeps")
+	try(t, err)
+	if r, err := c.Exec(ctx, "true"); err != nil || r.Exit != 0 {
+		t.Errorf("%v %s", err, r)
+	}
+}

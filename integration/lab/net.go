@@ -34,7 +34,21 @@ func (l *Lab) wire(ctx context.Context) error {
 			return fmt.Errorf("wire %s: %w", h.Name, err)
 		}
 	}
+	for _, h := range l.Hosts {
+		if err := h.waitIPv6(ctx); err != nil {
+			return err
+		}
+	}
 	return nil
+}
+
+// waitIPv6 waits for the local routes of the host's IPv6 addresses: the kernel makes them in the background.
+func (h *Host) waitIPv6(ctx context.Context) error {
+	want := []string{fmt.Sprintf("%x 80 ", h.Addr6.As16()), "fe800000000000000000000000000002 80 "}
+	return Until(ctx, 5*time.Second, "IPv6 on "+h.Name, func() bool {
+		routes, err := h.ReadFile("/proc/1/net/ipv6_route")
+		return err == nil && strings.Contains(string(routes), want[0]) && strings.Contains(string(routes), want[1])
+	})
 }
 
 // inRouter runs a program in the router's network namespace with the given input.
