@@ -1,0 +1,181 @@
+package fastdp
+
+import (
+	"fmt"
+	"time"
+)
+
+// Timing of the probes. A path in use that breaks is left within usedEvery + lostAfter < 3 s; one that
+// works again is taken within the longest retry + provenBy answers < 30 s.
+const (
+	usedEvery    = 500 * time.Millisecond  // while frames are sent to the peer
+	idleEvery    = 5 * time.Second         // while none are
+	missingEvery = 150 * time.Millisecond  // once an answer is overdue
+	overdueAfter = 200 * time.Millisecond  // beyond the usual round trip
+	lostAfter    = 2200 * time.Millisecond // from the first probe without answer
+	trialEvery   = 100 * time.Millisecond
+	trialFor     = 1500 * time.Millisecond
+	retryFirst   = time.Second
+	retryMost    = 10 * time.Second
+	provenBy     = 3 // answers of full size within one trial
+	maxInFlight  = 32
+)
+
+// probeSize is what a probe proves.
+type probeSize uint8
+
+const (
+	small probeSize = iota // that datagrams pass at all
+	full                   // that frames of the full MTU do
+)
+
+type pathState uint8
+
+const (
+	waiting pathState = iota // until the next trial
+	trying
+	up
+)
+
+// path decides whether the kernel path to one peer is used. It is told the time and sends nothing itself.
+type path struct {
+	state   pathState
+	since   time.Time // of the last change between up and not
+	next    time.Time // when to probe again, or to begin the next trial
+	retry   time.Duration
+	began   time.Time // of the trial
+	answers int       // of full size, in this trial
+	rtt     time.Duration
+	heard   [2]time.Time // last answer, by size
+	ever    [2]bool      // an answer of that size came in the last trial or since
+	flight  []inFlight   // oldest first, at most maxInFlight
+	mtu     int
+}
+
+type inFlight struct {
+	nonce uint64
+	sent  time.Time
+	size  probeSize
+}
+
+func newPath(now time.Time, mtu int) *path {
+	return &path{mtu: mtu, since: now, next: now, retry: retryFirst}
+}
+
+// adopt takes over a path that an earlier meshd had proven: it stays up unless probes fail.
+func (p *path) adopt(now time.Time) {
+	p.state, p.next, p.heard[full] = up, now, now
+}
+
+// tick says which probes to send now; used: a frame was sent to the peer lately. Each probe sent is
+// reported by sent.
+func (p *path) tick(now time.Time, used bool) (probes []probeSize) {
+	switch p.state {
+	case waiting:
+		if now.Before(p.next) {
+			return nil
+		}
+		p.state, p.began, p.answers, p.ever = trying, now, 0, [2]bool{}
+		p.flight = p.flight[:0]
+		p.next = now.Add(trialEvery)
+		return []probeSize{small, full}
+	case trying:
+		if now.Sub(p.began) > trialFor {
+			p.state, p.next = waiting, now.Add(p.retry)
+			p.retry = min(2*p.retry, retryMost)
+			return nil
+		}
+		if now.Before(p.next) {
+			return nil
+		}
+		p.next = now.Add(trialEvery)
+		return []probeSize{full}
+	}
+	// Up. The first probe since the last answer tells how long there has been silence.
+	silentSince, silent := p.firstSince(p.heard[full])
+	if silent && now.Sub(silentSince) > lostAfter {
+		p.state, p.since, p.next, p.retry = waiting, now, now, retryFirst
+		return p.tick(now, used) // the first trial begins at once, and finds out what is wrong
+	}
+	every := idleEvery
+	if used {
+		every = usedEvery
+	}
+	due := p.next
+	if last, ok := p.last(); ok {
+		due = last.Add(every)
+		if silent && now.Sub(silentSince) > p.rtt+overdueAfter {
+			due = last.Add(missingEvery)
+		}
+	}
+	if now.Before(due) {
+		return nil
+	}
+	return []probeSize{full}
+}
+
+func (p *path) sent(now time.Time, nonce uint64, size probeSize) {
+	if len(p.flight) == maxInFlight {
+		p.flight = append(p.flight[:0], p.flight[1:]...)
+	}
+	p.flight = append(p.flight, inFlight{nonce, now, size})
+}
+
+// answer takes the answer to a probe; changed: the path came up by it.
+func (p *path) answer(now time.Time, nonce uint64, size probeSize) (changed bool) {
+	for i, f := range p.flight {
+		if f.nonce != nonce || f.size != size {
+			continue
+		}
+		p.flight = append(p.flight[:i], p.flight[i+1:]...)
+		p.heard[size], p.ever[size] = now, true
+		if size == small {
+			return false
+		}
+		p.rtt = now.Sub(f.sent)
+		if p.state != trying {
+			return false
+		}
+		if p.answers++; p.answers < provenBy {
+			return false
+		}
+		p.state, p.since, p.retry, p.next = up, now, retryFirst, now
+		return true
+	}
+	return false
+}
+
+// firstSince is when the oldest full-size probe that was sent after t and not answered was sent.
+func (p *path) firstSince(t time.Time) (time.Time, bool) {
+	for _, f := range p.flight {
+		if f.size == full && f.sent.After(t) {
+			return f.sent, true
+		}
+	}
+	return time.Time{}, false
+}
+
+func (p *path) last() (time.Time, bool) {
+	t := p.heard[full]
+	for _, f := range p.flight {
+		if f.size == full && f.sent.After(t) {
+			t = f.sent
+		}
+	}
+	return t, !t.IsZero()
+}
+
+// reason is why the path is not up, for people.
+func (p *path) reason(port uint16) string {
+	switch {
+	case p.state == up:
+		return ""
+	case p.ever[full]:
+		return "being proven: some probes were answered"
+	case p.ever[small]:
+		return fmt.Sprintf("underlay MTU too small: small probes pass, packets of %d bytes do not", p.mtu)
+	case p.state == trying && p.retry == retryFirst:
+		return "being proven"
+	}
+	return fmt.Sprintf("no answer to probes: UDP port %d blocked, or no kernel path there", port)
+}
