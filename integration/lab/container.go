@@ -38,6 +38,12 @@ func (h *Host) Netns(ctx context.Context, name string) (*Container, error) {
 	return c, err
 }
 
+// Self gives the host's own network namespace in the form of a container.
+func (h *Host) Self() (*Container, error) {
+	c := &Container{Host: h, Name: h.Name, Ref: "pid:1"}
+	return c, c.open("/proc/1/ns/net")
+}
+
 func (c *Container) open(path string) error {
 	err := c.Host.Do(func() (err error) {
 		c.netns, err = os.Open(path)

@@ -26,12 +26,8 @@ func (l *Lab) wire(ctx context.Context) error {
 	for _, h := range l.Hosts {
 		script := fmt.Sprintf("link set eth0 addrgenmode none\naddr add fe80::2/64 dev eth0 nodad\naddr add %v/24 dev eth0\naddr add %v/64 dev eth0 nodad\nlink set eth0 up\n"+
 			"route add default via 198.18.%d.1\nroute add default via fd98:%x::1\n", h.Addr, h.Addr6, h.Num, h.Num)
-		r, err := h.RunWith(ctx, func(c *exec.Cmd) { c.Stdin = strings.NewReader(script) }, "ip", "-batch", "-")
-		if err == nil && r.Exit != 0 {
-			err = fmt.Errorf("%s", r)
-		}
-		if err != nil {
-			return fmt.Errorf("wire %s: %w", h.Name, err)
+		if err := h.batch(ctx, "ip", script); err != nil {
+			return err
 		}
 	}
 	for _, h := range l.Hosts {
