@@ -1,0 +1,64 @@
+package tunnel
+
+import (
+	"time"
+
+	"meshd/mesh"
+)
+
+// relayPath is what is measured end to end on the way by a relay. It lives while that way is used.
+type relayPath struct {
+	track
+	via mesh.PeerName
+}
+
+const relayIdle = 10 * time.Second // without traffic: no probes
+
+// tickRelay probes the way by relay to a peer while it is used. Unlike a link it starts with the
+// size that the first hop carries: the way is in use already.
+func (t *Tunnel) tickRelay(p *peer, now time.Time) {
+	k := p.send.Load()
+	if k == nil || time.Duration(t.since(now)-p.used.Load()) >= relayIdle {
+		return
+	}
+	via, ok := t.cfg.Router.NextHop(p.name)
+	if !ok || via == p.name {
+		return
+	}
+	q := (*t.peers.Load())[via]
+	if q == nil {
+		return
+	}
+	first := q.direct.Load()
+	if first == nil {
+		return
+	}
+	ceiling := first.mtu - relayHeaderLen
+	if p.relay == nil || p.relay.via != via {
+		p.relay = &relayPath{via: via}
+		p.relay.out = make(map[uint32]sentProbe)
+		p.relay.mtu.start(ceiling, ceiling, now)
+	}
+	r := p.relay
+	r.mtu.setCeiling(ceiling, now)
+	if p.big.Swap(false) {
+		r.busy = now
+	}
+	sizes := r.mtu.tick(now, r.rtt.timeout(), now.Sub(r.busy) < busyFor, p.heard.Load() > t.since(r.mtu.sent))
+	to := origin{relayed: true, src: p.name}
+	if now.Sub(r.lastProbe) >= heartbeatEvery || r.mtu.verifies > 1 {
+		t.sendProbe(p, &r.track, k, to, 0, now)
+	}
+	for _, size := range sizes {
+		t.sendProbe(p, &r.track, k, to, size, now)
+	}
+	t.publishRelay(p)
+}
+
+func (t *Tunnel) publishRelay(p *peer) {
+	r := p.relay
+	d := path{via: r.via, mtu: r.mtu.mtu, rtt: r.rtt.smooth}
+	if old := p.relayed.Load(); old == nil || *old != d {
+		p.relayed.Store(&d)
+	}
+}

@@ -1,0 +1,363 @@
+package tunnel
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"sync/atomic"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// udpConn is a UDP socket with segmentation offload in both directions (UDP_SEGMENT, Linux 4.18; UDP_GRO,
+// Linux 5.0), as far as the kernel has it, which is found out by trying.
+type udpConn struct {
+	conn  *net.UDPConn
+	raw   syscall.RawConn
+	v6    bool // the socket is AF_INET6 and takes IPv4 as mapped addresses
+	local netip.AddrPort
+	log   *slog.Logger
+	gso   atomic.Bool // off for good once the kernel refused it
+	gro   bool
+
+	// Owned by the reader.
+	msgs  []mmsg
+	iovs  []unix.Iovec
+	names []unix.RawSockaddrInet6
+	ctrl  [][groControl]byte
+	got   int
+	rerr  error
+	read  func(fd uintptr) bool
+}
+
+// mmsg is struct mmsghdr of recvmmsg(2).
+type mmsg struct {
+	hdr unix.Msghdr
+	n   uint32
+}
+
+const (
+	groControl = 64      // bytes: room for the UDP_GRO message, which is 20
+	socketBuf  = 8 << 20 // bytes each way; forced if we are root, else as much as the system allows
+)
+
+// ListenUDP opens the socket. A wildcard IPv6 address takes IPv4 as well; on a host without IPv6 it
+// falls back to IPv4.
+func ListenUDP(addr netip.AddrPort, log *slog.Logger) (Conn, error) {
+	c, err := listenUDP(addr)
+	if err != nil && addr.Addr() == netip.IPv6Unspecified() && errors.Is(err, unix.EAFNOSUPPORT) {
+		c, err = listenUDP(netip.AddrPortFrom(netip.IPv4Unspecified(), addr.Port()))
+	}
+	if err != nil {
+		return nil, err
+	}
+	c.log = log
+	return c, nil
+}
+
+func listenUDP(addr netip.AddrPort) (*udpConn, error) {
+	var lc net.ListenConfig
+	pc, err := lc.ListenPacket(context.Background(), network("udp", addr), addr.String())
+	if err != nil {
+		return nil, err
+	}
+	conn := pc.(*net.UDPConn)
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	c := &udpConn{conn: conn, raw: raw}
+	local := conn.LocalAddr().(*net.UDPAddr).AddrPort()
+	c.local = netip.AddrPortFrom(local.Addr().Unmap(), local.Port())
+	var sockErr error
+	if err := raw.Control(func(fd uintptr) { sockErr = c.setup(int(fd)) }); err != nil || sockErr != nil {
+		conn.Close()
+		return nil, errors.Join(err, sockErr)
+	}
+	c.read = c.recvmmsg
+	return c, nil
+}
+
+func (c *udpConn) setup(fd int) error {
+	domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
+	if err != nil {
+		return fmt.Errorf("socket domain: %w", err)
+	}
+	c.v6 = domain == unix.AF_INET6
+	for _, o := range [][2]int{{unix.SO_RCVBUFFORCE, unix.SO_RCVBUF}, {unix.SO_SNDBUFFORCE, unix.SO_SNDBUF}} {
+		if unix.SetsockoptInt(fd, unix.SOL_SOCKET, o[0], socketBuf) != nil {
+			unix.SetsockoptInt(fd, unix.SOL_SOCKET, o[1], socketBuf) // as much as there is
+		}
+	}
+	// Don't fragment, and do not believe ICMP: we probe. IP_PMTUDISC_PROBE still refuses what is larger
+	// than the interface's MTU, with EMSGSIZE.
+	err4 := unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE)
+	err6 := err4
+	if c.v6 {
+		err6 = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_PROBE)
+	}
+	if err6 != nil {
+		return fmt.Errorf("don't-fragment: %w", err6)
+	}
+	_, err = unix.GetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_SEGMENT)
+	c.gso.Store(err == nil)
+	c.gro = unix.SetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_GRO, 1) == nil
+	return nil
+}
+
+func (c *udpConn) LocalAddr() netip.AddrPort { return c.local }
+func (c *udpConn) Close() error              { return c.conn.Close() }
+
+// ReadBatch implements Conn with recvmmsg(2).
+func (c *udpConn) ReadBatch(batch []Datagrams) (int, error) {
+	if len(c.msgs) < len(batch) {
+		c.msgs = make([]mmsg, len(batch))
+		c.iovs = make([]unix.Iovec, len(batch))
+		c.names = make([]unix.RawSockaddrInet6, len(batch))
+		c.ctrl = make([][groControl]byte, len(batch))
+	}
+	for i := range batch {
+		c.iovs[i].Base = &batch[i].Buf[0]
+		c.iovs[i].SetLen(len(batch[i].Buf))
+		h := &c.msgs[i].hdr
+		h.Name = (*byte)(unsafe.Pointer(&c.names[i]))
+		h.Namelen = unix.SizeofSockaddrInet6
+		h.Iov = &c.iovs[i]
+		h.SetIovlen(1)
+		h.Control = &c.ctrl[i][0]
+		h.SetControllen(groControl)
+		h.Flags = 0
+	}
+	c.msgs = c.msgs[:len(batch)]
+	if err := c.raw.Read(c.read); err != nil {
+		return 0, err
+	}
+	if c.rerr != nil {
+		return 0, c.rerr
+	}
+	for i := range c.got {
+		d, h := &batch[i], &c.msgs[i].hdr
+		d.N = int(c.msgs[i].n)
+		d.Addr = addrOf(&c.names[i])
+		d.Size = groSize(c.ctrl[i][:min(int(h.Controllen), groControl)])
+	}
+	return c.got, nil
+}
+
+// recvmmsg runs under the runtime's poller: false means wait for readability.
+func (c *udpConn) recvmmsg(fd uintptr) bool {
+	for {
+		n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&c.msgs[0])), uintptr(len(c.msgs)), unix.MSG_DONTWAIT, 0, 0)
+		switch errno {
+		case 0:
+			c.got, c.rerr = int(n), nil
+			return true
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN:
+			return false
+		}
+		c.got, c.rerr = 0, errno
+		return true
+	}
+}
+
+func addrOf(sa *unix.RawSockaddrInet6) netip.AddrPort {
+	if sa.Family == unix.AF_INET {
+		sa4 := (*unix.RawSockaddrInet4)(unsafe.Pointer(sa))
+		return netip.AddrPortFrom(netip.AddrFrom4(sa4.Addr), port(sa4.Port))
+	}
+	addr := netip.AddrFrom16(sa.Addr).Unmap()
+	if sa.Scope_id != 0 && addr.Is6() {
+		addr = addr.WithZone(zoneOf(sa.Scope_id))
+	}
+	return netip.AddrPortFrom(addr, port(sa.Port))
+}
+
+// port converts from network byte order as it lies in a sockaddr.
+func port(p uint16) uint16 {
+	var b [2]byte
+	binary.NativeEndian.PutUint16(b[:], p)
+	return binary.BigEndian.Uint16(b[:])
+}
+
+// groSize finds the size of the datagrams that UDP_GRO joined, 0 if it joined none.
+func groSize(ctrl []byte) int {
+	for len(ctrl) >= unix.CmsgLen(4) {
+		h := (*unix.Cmsghdr)(unsafe.Pointer(&ctrl[0]))
+		if int(h.Len) < unix.CmsgLen(0) || int(h.Len) > len(ctrl) {
+			return 0
+		}
+		if h.Level == unix.IPPROTO_UDP && h.Type == unix.UDP_GRO && int(h.Len) >= unix.CmsgLen(4) {
+			return int(binary.NativeEndian.Uint32(ctrl[unix.CmsgLen(0):]))
+		}
+		next := unix.CmsgSpace(int(h.Len) - unix.CmsgLen(0))
+		if next > len(ctrl) {
+			return 0
+		}
+		ctrl = ctrl[next:]
+	}
+	return 0
+}
+
+// Write implements Conn with sendmsg(2) and UDP_SEGMENT, or one call per datagram without it.
+func (c *udpConn) Write(b []byte, size int, to netip.AddrPort, wait bool) error {
+	if size >= len(b) {
+		return c.send(b, 0, to, wait)
+	}
+	if c.gso.Load() {
+		err := c.send(b, size, to, wait)
+		if !errors.Is(err, unix.EIO) && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EINVAL) {
+			return err
+		}
+		// EIO: the device cannot compute the checksum (Linux 5.x and some drivers). EINVAL is also what
+		// kernels before 6.5 say instead of EMSGSIZE, so one datagram decides which it was.
+		if one := c.send(b[:size], 0, to, wait); one != nil {
+			return one
+		}
+		if c.gso.CompareAndSwap(true, false) {
+			c.log.Warn("kernel refuses UDP segmentation; sending datagrams one by one", "err", err)
+		}
+		b = b[size:]
+	}
+	for len(b) > 0 {
+		n := min(size, len(b))
+		if err := c.send(b[:n], 0, to, wait); err != nil {
+			return err
+		}
+		b = b[n:]
+	}
+	return nil
+}
+
+// sendArgs is what one sendmsg needs; from a pool, for a pointer handed to the kernel must be on the heap.
+type sendArgs struct {
+	hdr  unix.Msghdr
+	iov  unix.Iovec
+	name unix.RawSockaddrInet6
+	ctrl [24]byte // CmsgSpace(2)
+	wait bool
+	err  error
+	once func(fd uintptr)
+	f    func(fd uintptr) bool
+}
+
+func newSendArgs() *sendArgs {
+	a := new(sendArgs)
+	a.f = a.sendmsg
+	a.once = func(fd uintptr) { a.sendmsg(fd) }
+	return a
+}
+
+func (c *udpConn) send(b []byte, segment int, to netip.AddrPort, wait bool) error {
+	a := sendPool.Get().(*sendArgs)
+	defer sendPool.Put(a)
+	a.wait, a.err = wait, nil
+	n, err := c.sockaddr(&a.name, to)
+	if err != nil {
+		return err
+	}
+	a.iov.Base = &b[0]
+	a.iov.SetLen(len(b))
+	a.hdr = unix.Msghdr{Name: (*byte)(unsafe.Pointer(&a.name)), Namelen: n, Iov: &a.iov}
+	a.hdr.SetIovlen(1)
+	if segment > 0 {
+		h := (*unix.Cmsghdr)(unsafe.Pointer(&a.ctrl[0]))
+		h.Level, h.Type = unix.IPPROTO_UDP, unix.UDP_SEGMENT
+		h.SetLen(unix.CmsgLen(2))
+		binary.NativeEndian.PutUint16(a.ctrl[unix.CmsgLen(0):], uint16(segment))
+		a.hdr.Control = &a.ctrl[0]
+		a.hdr.SetControllen(unix.CmsgSpace(2))
+	}
+	// Control does not take the descriptor's write lock, so senders do not queue behind each other.
+	if err = c.raw.Control(a.once); err == nil && wait && errors.Is(a.err, errFull) {
+		err = c.raw.Write(a.f)
+	}
+	a.iov.Base = nil
+	if err != nil {
+		return err
+	}
+	return a.err
+}
+
+// sendmsg runs under the runtime's poller: false means wait for room.
+func (a *sendArgs) sendmsg(fd uintptr) bool {
+	for {
+		_, _, errno := unix.Syscall(unix.SYS_SENDMSG, fd, uintptr(unsafe.Pointer(&a.hdr)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+		switch errno {
+		case 0:
+			a.err = nil
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN:
+			a.err = errFull
+			if a.wait {
+				return false
+			}
+		case unix.ENOBUFS:
+			a.err = errFull
+		case unix.EMSGSIZE:
+			a.err = errTooLarge
+		default:
+			a.err = errno
+		}
+		return true
+	}
+}
+
+func (c *udpConn) sockaddr(sa *unix.RawSockaddrInet6, to netip.AddrPort) (uint32, error) {
+	addr := to.Addr()
+	var p [2]byte
+	binary.BigEndian.PutUint16(p[:], to.Port())
+	if !c.v6 {
+		if addr = addr.Unmap(); !addr.Is4() {
+			return 0, fmt.Errorf("send to %v: %w", to, unix.EAFNOSUPPORT)
+		}
+		sa4 := (*unix.RawSockaddrInet4)(unsafe.Pointer(sa))
+		*sa4 = unix.RawSockaddrInet4{Family: unix.AF_INET, Port: binary.NativeEndian.Uint16(p[:]), Addr: addr.As4()}
+		return unix.SizeofSockaddrInet4, nil
+	}
+	*sa = unix.RawSockaddrInet6{Family: unix.AF_INET6, Port: binary.NativeEndian.Uint16(p[:]), Addr: addr.As16()}
+	if z := addr.Zone(); z != "" {
+		sa.Scope_id = scopeOf(z)
+	}
+	return unix.SizeofSockaddrInet6, nil
+}
+
+// PathMTU asks the kernel which interface leads to an address, by connecting a socket that sends nothing.
+func (c *udpConn) PathMTU(to netip.Addr) int {
+	to = to.Unmap()
+	domain, level, opt := unix.AF_INET6, unix.IPPROTO_IPV6, unix.IPV6_MTU
+	var sa unix.Sockaddr
+	if to.Is4() {
+		domain, level, opt = unix.AF_INET, unix.IPPROTO_IP, unix.IP_MTU
+		sa = &unix.SockaddrInet4{Port: DefaultPort, Addr: to.As4()}
+	} else {
+		sa = &unix.SockaddrInet6{Port: DefaultPort, Addr: to.As16(), ZoneId: scopeOf(to.Zone())}
+	}
+	fd, err := unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0
+	}
+	defer unix.Close(fd)
+	if domain == unix.AF_INET {
+		unix.SetsockoptInt(fd, level, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE)
+	} else {
+		unix.SetsockoptInt(fd, level, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_PROBE)
+	}
+	if unix.Connect(fd, sa) != nil {
+		return 0
+	}
+	mtu, err := unix.GetsockoptInt(fd, level, opt)
+	if err != nil {
+		return 0
+	}
+	return mtu
+}
