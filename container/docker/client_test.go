@@ -1,0 +1,244 @@
+package docker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// daemon is a Docker that says what the test wants.
+type daemon struct {
+	version, oldest string
+	mux             *http.ServeMux
+	calls           atomic.Int64
+}
+
+// start serves d on a unix socket and returns a client for it.
+func (d *daemon) start(t *testing.T) *Client {
+	t.Helper()
+	path := t.TempDir() + "/docker.sock"
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d.mux == nil {
+		d.mux = http.NewServeMux()
+	}
+	d.mux.HandleFunc("GET /version", func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprintf(w, `{"ApiVersion":%q,"MinAPIVersion":%q,"Os":"linux"}`, d.version, d.oldest)
+	})
+	s := &httptest.Server{Listener: l, Config: &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		d.calls.Add(1)
+		d.mux.ServeHTTP(w, r)
+	})}}
+	s.Start()
+	t.Cleanup(s.Close)
+	c, err := New(Config{Endpoint: "unix://" + path, Timeout: 2 * time.Second})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+func TestAgree(t *testing.T) {
+	for _, c := range []struct{ theirs, low, want string }{
+		{"1.24", "1.12", "1.24"}, {"1.41", "1.12", "1.41"}, {"1.44", "1.24", "1.44"}, {"1.51", "1.40", "1.51"},
+		{"1.56", "1.44", "1.51"}, {"1.99", "1.51", "1.51"}, {"2.0", "1.51", "1.51"}, {"1.41", "", "1.41"},
+		{"1.23", "1.12", ""}, {"1.99", "1.52", ""}, {"", "", ""}, {"1", "", ""}, {"1.x", "", ""}, {"1.41", "x", ""}, {"-1.41", "", ""},
+	} {
+		v, err := agree(c.theirs, c.low)
+		if c.want == "" {
+			if !errors.Is(err, ErrVersion) {
+				t.Errorf("agree(%q, %q) = %v, %v, want ErrVersion", c.theirs, c.low, v, err)
+			}
+		} else if err != nil || v.String() != c.want {
+			t.Errorf("agree(%q, %q) = %v, %v, want %s", c.theirs, c.low, v, err, c.want)
+		}
+	}
+}
+
+func TestContainer(t *testing.T) {
+	d := &daemon{version: "1.41", oldest: "1.12", mux: http.NewServeMux()}
+	d.mux.HandleFunc("GET /v1.41/containers/{name}/json", func(w http.ResponseWriter, r *http.Request) {
+		switch r.PathValue("name") {
+		case "web":
+			fmt.Fprint(w, `{"Id":"abc","Name":"/web","State":{"Running":true,"Pid":42},"Config":{"Hostname":"web","Domainname":"mesh.internal"},"HostConfig":{"NetworkMode":"default"},"Unknown":[1]}`)
+		case "garbage":
+			fmt.Fprint(w, `{"Id":`)
+		case "empty":
+			fmt.Fprint(w, `{}`)
+		case "giant":
+			fmt.Fprintf(w, `{"Id":%q}`, strings.Repeat("x", maxBody))
+		case "broken":
+			w.WriteHeader(500)
+			fmt.Fprint(w, `{"message":"the disk is on fire"}`)
+		case "silent":
+			w.WriteHeader(503)
+		default:
+			w.WriteHeader(404)
+			fmt.Fprint(w, `{"message":"No such container: x"}`)
+		}
+	})
+	c := d.start(t)
+	got, err := c.Container(t.Context(), "/web")
+	if err != nil || got.ID != "abc" || got.State.Pid != 42 || got.Config.Domainname != "mesh.internal" || got.HostConfig.NetworkMode != "default" {
+		t.Errorf("got %+v, %v", got, err)
+	}
+	before := d.calls.Load()
+	if _, err := c.Container(t.Context(), "x"); !errors.Is(err, ErrNotFound) || !strings.Contains(err.Error(), "No such container: x") {
+		t.Errorf("unknown: got %v", err)
+	}
+	if n := d.calls.Load() - before; n != 1 {
+		t.Errorf("%d calls for one inspect, want the version to be remembered", n)
+	}
+	for name, want := range map[string]string{
+		"garbage": "answer", "empty": "has no id", "giant": "longer than", "broken": "the disk is on fire", "silent": "503",
+		"": "not a name", "../images/x": "not a name", "a/../b": "not a name", strings.Repeat("n", 257): "not a name",
+	} {
+		if _, err := c.Container(t.Context(), name); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%.20q: got %v, want %q", name, err, want)
+		}
+	}
+}
+
+func TestNamesStayInTheirPlace(t *testing.T) {
+	for name, want := range map[string]string{
+		"a?force=1": "/i/a%3Fforce=1/json", "a#b": "/i/a%23b/json", "reg:5000/a/b:tag": "/i/reg:5000/a/b:tag/json", "a%2fb": "/i/a%252fb/json",
+	} {
+		if got, err := namePath("/i/", name, "/json"); err != nil || got != want {
+			t.Errorf("%s: got %s, %v, want %s", name, got, err, want)
+		}
+	}
+}
+
+func TestKill(t *testing.T) {
+	d := &daemon{version: "1.44", oldest: "1.24", mux: http.NewServeMux()}
+	codes := map[string]int{"run": 204, "idle": 409, "none": 404, "bad": 500}
+	d.mux.HandleFunc("POST /v1.44/containers/{name}/kill", func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(codes[r.PathValue("name")])
+	})
+	c := d.start(t)
+	for name, code := range codes {
+		err := c.Kill(t.Context(), name)
+		if wantErr := code == 404 || code == 500; (err != nil) != wantErr || errors.Is(err, ErrNotFound) != (code == 404) {
+			t.Errorf("%s: got %v", name, err)
+		}
+	}
+}
+
+// The daemon is exchanged for an older one between two calls.
+func TestVersionChanges(t *testing.T) {
+	d := &daemon{version: "1.51", mux: http.NewServeMux()}
+	d.mux.HandleFunc("GET /{version}/images/{name}/json", func(w http.ResponseWriter, r *http.Request) {
+		if r.PathValue("version") != "v"+d.version {
+			w.WriteHeader(400)
+			fmt.Fprintf(w, `{"message":"client version %s is too new. Maximum supported API version is %s"}`, r.PathValue("version"), d.version)
+			return
+		}
+		fmt.Fprint(w, `{"Id":"sha256:1","Config":{"Cmd":["sh"]}}`)
+	})
+	c := d.start(t)
+	for _, v := range []string{"1.51", "1.41", "1.44"} {
+		d.version = v
+		if img, err := c.Image(t.Context(), "busybox"); err != nil || img.Config.Cmd[0] != "sh" {
+			t.Errorf("%s: got %+v, %v", v, img, err)
+		}
+		if v == "1.41" {
+			c.forget()
+		}
+	}
+}
+
+func TestUnavailable(t *testing.T) {
+	c, err := New(Config{Endpoint: t.TempDir() + "/none.sock"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Container(t.Context(), "x"); !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "none.sock") {
+		t.Errorf("got %v, want ErrUnavailable naming the socket", err)
+	}
+	// A daemon that accepts and never answers.
+	path := t.TempDir() + "/mute.sock"
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if c, err = New(Config{Endpoint: path, Timeout: 50 * time.Millisecond}); err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.Container(t.Context(), "x"); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("got %v, want ErrUnavailable", err)
+	}
+}
+
+func TestParseEndpoint(t *testing.T) {
+	for in, want := range map[string]string{
+		"unix:///run/docker.sock": "unix /run/docker.sock", "/run/docker.sock": "unix /run/docker.sock", "tcp://[::1]:2375": "tcp [::1]:2375",
+		"tcp://host:2376": "tcp host:2376", "unix://run": "", "tcp://host": "", "tcp://:2375": "", "tcp://host:0": "", "tcp://host:x": "", "npipe:////./pipe": "", "": "",
+	} {
+		network, addr, err := ParseEndpoint(in)
+		if got := strings.TrimSpace(network + " " + addr); got != want || (err != nil) != (want == "") {
+			t.Errorf("%q: got %q, %v, want %q", in, got, err, want)
+		}
+	}
+}
+
+func TestWatch(t *testing.T) {
+	d := &daemon{version: "1.41", mux: http.NewServeMux()}
+	var streams atomic.Int64
+	d.mux.HandleFunc("GET /v1.41/events", func(w http.ResponseWriter, r *http.Request) {
+		if !strings.Contains(r.URL.Query().Get("filters"), `"destroy"`) || r.URL.Query().Get("since") == "" {
+			t.Errorf("query is %s", r.URL.RawQuery)
+		}
+		w.WriteHeader(200)
+		w.(http.Flusher).Flush()
+		n := streams.Add(1)
+		fmt.Fprintf(w, `{"Type":"container","Action":"start","Actor":{"ID":"c%d"}}`+"\n", n)
+		fmt.Fprint(w, "garbage\n\n[]\n"+`{"Type":"network","Action":"start","Actor":{"ID":"n"}}`+"\n")
+		fmt.Fprintf(w, `{"Type":"container","Action":"die","Actor":{"ID":"c%d"}}`+"\n", n)
+		w.(http.Flusher).Flush()
+		if n == 2 {
+			<-r.Context().Done()
+		}
+	})
+	c := d.start(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var got []string
+	err := c.Watch(ctx, func(e Event) {
+		got = append(got, fmt.Sprint(e.Kind, e.ID))
+		if e.ID == "c2" && e.Kind == Died {
+			cancel()
+		}
+	})
+	if got := strings.Join(got, "|"); got != "1|3c1|4c1|2|1|3c2|4c2|2" {
+		t.Errorf("got %s", got)
+	}
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("Watch ended with %v", err)
+	}
+}
+
+func FuzzParseEvent(f *testing.F) {
+	f.Add([]byte(`{"Type":"container","Action":"start","Actor":{"ID":"c"}}`))
+	f.Add([]byte(`{"Type":1}`))
+	f.Fuzz(func(t *testing.T, line []byte) {
+		if e, ok := parseEvent(line); ok && (e.ID == "" || e.Kind == 0) {
+			t.Errorf("%q gives %+v", line, e)
+		}
+	})
+}
