@@ -66,7 +66,7 @@ func openObjects(pinDir string, version int) (o *objects, err error) {
 			m.Close() // the collection holds its own descriptors
 		}
 	}()
-	unfinished := o.dir + ".new"
+	unfinished := o.dir + "-new" // bpffs takes no dots
 	if err := os.RemoveAll(unfinished); err != nil {
 		return nil, err
 	}
@@ -80,7 +80,10 @@ func openObjects(pinDir string, version int) (o *objects, err error) {
 		}
 		if err := ms.Compatible(m); err != nil {
 			m.Close()
-			continue // left over by a build that forgot to raise the version: replaced below
+			if err := os.Remove(filepath.Join(o.dir, name)); err != nil {
+				return nil, err
+			}
+			continue // counters of another build; the layout of the others is in the version
 		}
 		pinned[name] = m
 	}
