@@ -99,8 +99,17 @@ func collectRouter(r *Router, gauge func(*prometheus.Desc, int, ...string), coun
 	for reason, n := range r.Drops {
 		counter(descDrops, n, reason)
 	}
+	traffic := map[mesh.PeerName]PeerTraffic{} // a label that comes twice would spoil the scrape
 	for _, t := range r.Traffic {
-		name := t.Name.String()
+		sum := traffic[t.Name]
+		sum.BytesIn += t.BytesIn
+		sum.BytesOut += t.BytesOut
+		sum.FramesIn += t.FramesIn
+		sum.FramesOut += t.FramesOut
+		traffic[t.Name] = sum
+	}
+	for peer, t := range traffic {
+		name := peer.String()
 		counter(descBytes, t.BytesIn, name, "in")
 		counter(descBytes, t.BytesOut, name, "out")
 		counter(descFrames, t.FramesIn, name, "in")

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -34,6 +35,8 @@ type Config struct {
 	StatusAddr string
 	// MetricsAddr serves metrics alone, likewise. Empty: none.
 	MetricsAddr string
+
+	headerTimeout time.Duration // 0: the constant; tests are in a hurry
 }
 
 // Limits of every listener.
@@ -48,10 +51,11 @@ const (
 
 // Server is the control API.
 type Server struct {
-	log    *slog.Logger
-	back   Backends
-	faces  []*face
-	unlink []string // sockets to remove at the end
+	log           *slog.Logger
+	back          Backends
+	headerTimeout time.Duration
+	faces         []*face
+	unlink        []string // sockets to remove at the end
 }
 
 // face is one listener with its handler.
@@ -63,7 +67,7 @@ type face struct {
 
 // Listen opens every listener, or none. The API answers once Run is called.
 func Listen(cfg Config, back Backends) (*Server, error) {
-	s := &Server{log: cfg.Log, back: back}
+	s := &Server{log: cfg.Log, back: back, headerTimeout: cmp.Or(cfg.headerTimeout, headerTimeout)}
 	err := s.listen(cfg)
 	if err != nil {
 		s.Close()
@@ -118,8 +122,8 @@ func (s *Server) add(ln net.Listener, h http.Handler) {
 	f := &face{ln: ln, conns: newConnBound(maxConns)}
 	f.http = &http.Server{
 		Handler:           f.conns.mark(s.guard(h)),
-		ReadHeaderTimeout: headerTimeout,
-		IdleTimeout:       headerTimeout,
+		ReadHeaderTimeout: s.headerTimeout,
+		IdleTimeout:       s.headerTimeout,
 		MaxHeaderBytes:    maxHeader,
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 		ConnContext:       f.conns.connContext,
@@ -247,6 +251,9 @@ func (s *Server) Close() error {
 	var errs []error
 	for _, f := range s.faces {
 		errs = append(errs, f.http.Close())
+		if err := f.ln.Close(); !errors.Is(err, net.ErrClosed) {
+			errs = append(errs, err)
+		}
 	}
 	for _, path := range s.unlink {
 		if err := os.Remove(path); !errors.Is(err, os.ErrNotExist) {
