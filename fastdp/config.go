@@ -50,6 +50,7 @@ type Config struct {
 	Log *slog.Logger // default slog.Default
 
 	clsact bool // tests: do as on a kernel without tcx
+	layout int  // tests: be another LayoutVersion
 }
 
 func (c Config) withDefaults() Config {
@@ -79,6 +80,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.SettleAfter == 0 {
 		c.SettleAfter = time.Minute
+	}
+	if c.layout == 0 {
+		c.layout = LayoutVersion
 	}
 	if c.Log == nil {
 		c.Log = slog.Default()

@@ -101,7 +101,7 @@ func Open(cfg Config) (*Datapath, error) {
 }
 
 func (d *Datapath) open() (err error) {
-	if d.obj, err = openObjects(d.cfg.PinDir, LayoutVersion); err != nil {
+	if d.obj, err = openObjects(d.cfg.PinDir, d.cfg.layout); err != nil {
 		return err
 	}
 	if d.hooks, err = openHooks(d.cfg.PinDir, d.cfg.clsact); err != nil {
@@ -135,7 +135,7 @@ func (d *Datapath) dropOtherLayouts() error {
 		return err
 	}
 	for _, v := range versions {
-		if v == LayoutVersion {
+		if v == d.cfg.layout {
 			continue
 		}
 		if err := os.RemoveAll(layoutDir(d.cfg.PinDir, v)); err != nil {
@@ -285,7 +285,11 @@ func (d *Datapath) SetPeers(peers []Peer) error {
 		}
 		ids[p.ID] = s
 	}
+	idle := idleEvery(len(next))
 	for _, s := range next {
+		if s.path != nil {
+			s.path.idle = idle
+		}
 		to := s.Addr
 		if !s.Via.IsZero() {
 			to = netip.Addr{}
@@ -303,6 +307,7 @@ func (d *Datapath) SetPeers(peers []Peer) error {
 		s.to, s.path = to, nil
 		if s.refused == "" {
 			s.path = newPath(now, d.cfg.MTU)
+			s.path.idle = idle
 			if k := d.kernel.peers[s.ID]; k.Flags&peerUp != 0 && k.To == underlayWords(to) {
 				s.path.adopt(now)
 			}
@@ -702,7 +707,7 @@ func Remove(cfg Config) error {
 	defer lock.Close()
 	h := &hooks{dir: filepath.Join(cfg.PinDir, "links")}
 	var more []hook
-	if m, err := ebpf.LoadPinnedMap(filepath.Join(layoutDir(cfg.PinDir, LayoutVersion), bpfMapPorts), nil); err == nil {
+	if m, err := ebpf.LoadPinnedMap(filepath.Join(layoutDir(cfg.PinDir, cfg.layout), bpfMapPorts), nil); err == nil {
 		var index uint32
 		var v bpfPort
 		for it := m.Iterate(); it.Next(&index, &v); {

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -36,6 +37,8 @@ func TestMain(m *testing.M) {
 		os.Exit(sendMain(arg))
 	case "receive":
 		os.Exit(receiveMain(arg))
+	case "tcp":
+		os.Exit(tcpMain(arg))
 	}
 	os.Exit(m.Run())
 }
@@ -64,6 +67,7 @@ type answer struct {
 type hostConfig struct {
 	Config
 	Clsact bool
+	Layout int
 }
 
 // hostMain is the process of a host.
@@ -74,7 +78,7 @@ func hostMain(arg string) int {
 		return 2
 	}
 	cfg.Config.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
-	cfg.Config.clsact = cfg.Clsact
+	cfg.Config.clsact, cfg.Config.layout = cfg.Clsact, cfg.Layout
 	out := json.NewEncoder(os.Stdout)
 	d, err := Open(cfg.Config)
 	if err != nil {
@@ -441,4 +445,38 @@ func eventually(within time.Duration, cond func() bool) bool {
 		case <-ticker.C:
 		}
 	}
+}
+
+// inNetns runs f on a thread of its own inside the namespace; sockets made there stay there.
+func inNetns(t *testing.T, ns string, f func() error) {
+	t.Helper()
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		fd, err := unix.Open("/run/netns/"+ns, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			done <- err
+			return
+		}
+		defer unix.Close(fd)
+		if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
+			done <- err
+			return
+		}
+		done <- f()
+	}()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
+
+// received is how many packets the container's interface has got.
+func (c *labContainer) received() (n int) {
+	var link []struct {
+		Stats64 struct{ Rx struct{ Packets int } }
+	}
+	if err := json.Unmarshal([]byte(c.ip("-j -s link show ethmesh")), &link); err != nil || len(link) != 1 {
+		c.host.lab.t.Fatalf("counters of %s: %v", c.ns, err)
+	}
+	return link[0].Stats64.Rx.Packets
 }

@@ -5,11 +5,13 @@ import (
 	"time"
 )
 
-// Timing of the probes. A path in use that breaks is left within usedEvery + lostAfter < 3 s; one that
+// Timing of the probes. A path in use that breaks is left within usedEvery + lostAfter < 3 s, and one that
+// is not within that of its next use; one that
 // works again is taken within the longest retry + provenBy answers < 30 s.
 const (
 	usedEvery    = 500 * time.Millisecond  // while frames are sent to the peer
-	idleEvery    = 5 * time.Second         // while none are
+	idleMost     = 5 * time.Second         // while none are; less with few peers, see idleEvery
+	idleRate     = 200                     // probes of full size per second, to all idle peers together
 	missingEvery = 150 * time.Millisecond  // once an answer is overdue
 	overdueAfter = 200 * time.Millisecond  // beyond the usual round trip
 	lostAfter    = 2200 * time.Millisecond // from the first probe without answer
@@ -50,6 +52,13 @@ type path struct {
 	ever    [2]bool      // an answer of that size came in the last trial or since
 	flight  []inFlight   // oldest first, at most maxInFlight
 	mtu     int
+	idle    time.Duration // between the probes while nothing is sent
+}
+
+// idleEvery is how often a path that nothing is sent on is probed: as often as one in use up to a hundred
+// peers, then so that all of them cost a few Mbit/s.
+func idleEvery(peers int) time.Duration {
+	return min(max(time.Duration(peers)*time.Second/idleRate, usedEvery), idleMost)
 }
 
 type inFlight struct {
@@ -59,7 +68,7 @@ type inFlight struct {
 }
 
 func newPath(now time.Time, mtu int) *path {
-	return &path{mtu: mtu, since: now, next: now, retry: retryFirst}
+	return &path{mtu: mtu, idle: idleMost, since: now, next: now, retry: retryFirst}
 }
 
 // adopt takes over a path that an earlier meshd had proven: it stays up unless probes fail.
@@ -97,7 +106,7 @@ func (p *path) tick(now time.Time, used bool) (probes []probeSize) {
 		p.state, p.since, p.next, p.retry = waiting, now, now, retryFirst
 		return p.tick(now, used) // the first trial begins at once, and finds out what is wrong
 	}
-	every := idleEvery
+	every := p.idle
 	if used {
 		every = usedEvery
 	}

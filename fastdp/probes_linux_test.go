@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -202,4 +203,67 @@ func (r *running) stop() tally {
 	}
 	got.Sent = sent.Sent
 	return got
+}
+
+// tcpMain is one end of a TCP transfer: it sends Count bytes to To, or says how many came to Listen.
+func tcpMain(arg string) int {
+	var s stream
+	if err := json.Unmarshal([]byte(arg), &s); err != nil {
+		return 2
+	}
+	if s.Listen != "" {
+		l, err := net.Listen("tcp", s.Listen)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		fmt.Println("{}") // ready
+		c, err := l.Accept()
+		if err != nil {
+			return 1
+		}
+		n, err := io.Copy(io.Discard, c)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+		}
+		json.NewEncoder(os.Stdout).Encode(tally{Got: int(n)})
+		return 0
+	}
+	c, err := net.DialTimeout("tcp", s.To, 5*time.Second)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	n, err := io.CopyN(c, zeros{}, int64(s.Count))
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+	}
+	c.Close()
+	json.NewEncoder(os.Stdout).Encode(tally{Sent: int(n)})
+	return 0
+}
+
+type zeros struct{}
+
+func (zeros) Read(b []byte) (int, error) { return len(b), nil }
+
+// transfer moves bytes by TCP.
+func (l *lab) transfer(from, to *labContainer, bytes int) (took time.Duration) {
+	l.t.Helper()
+	addr := net.JoinHostPort(to.port.Addrs[0].Addr().String(), "7778")
+	getter := l.process(to.ns, "tcp", stream{Listen: addr})
+	var ready struct{}
+	if err := getter.out.Decode(&ready); err != nil {
+		l.t.Fatal(err)
+	}
+	begun := time.Now()
+	sender := l.process(from.ns, "tcp", stream{To: addr, Count: bytes})
+	var sent, got tally
+	if err := errors.Join(sender.out.Decode(&sent), getter.out.Decode(&got)); err != nil {
+		l.t.Fatal(err)
+	}
+	if got.Got != bytes {
+		l.t.Errorf("TCP: %d bytes arrived, want %d", got.Got, bytes)
+	}
+	return time.Since(begun)
 }
