@@ -1,0 +1,155 @@
+package dns
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"runtime"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// PortTakenError says who holds the address that the name server is to listen on.
+type PortTakenError struct {
+	Addr   netip.AddrPort
+	Holder string
+}
+
+func (e *PortTakenError) Error() string {
+	return fmt.Sprintf("name server: %s is held by %s; choose another address with --dns-listen-address, or do without names with --no-dns",
+		e.Addr, e.Holder)
+}
+
+func (e *PortTakenError) Unwrap() error { return syscall.EADDRINUSE }
+
+// listener is the set of sockets on one address.
+type listener struct {
+	addr netip.AddrPort
+	udp  []*net.UDPConn
+	tcp  net.Listener
+	done sync.WaitGroup
+}
+
+// bind opens one TCP and several UDP sockets. IP_FREEBIND lets it succeed before the address exists, so
+// that nobody has to wait for Docker to make its bridge.
+func bind(addr netip.AddrPort, sockets int) (*listener, error) {
+	l := &listener{}
+	// TCP goes without SO_REUSEPORT: it tells us of another meshd, which would share our UDP port silently.
+	tcp, err := (&net.ListenConfig{Control: control(freebind), KeepAlive: -1}).Listen(context.Background(), "tcp", addr.String())
+	if err != nil {
+		return nil, bindError(addr, err)
+	}
+	l.tcp = tcp
+	l.addr = netip.AddrPortFrom(addr.Addr(), tcp.Addr().(*net.TCPAddr).AddrPort().Port())
+	// And so does a first UDP socket, of a resolver that does not listen by TCP.
+	probe, err := (&net.ListenConfig{Control: control(freebind)}).ListenPacket(context.Background(), "udp", l.addr.String())
+	if err != nil {
+		return nil, errors.Join(bindError(addr, err), l.close())
+	}
+	if err := probe.Close(); err != nil {
+		return nil, errors.Join(err, l.close())
+	}
+	for range sockets {
+		c, err := (&net.ListenConfig{Control: control(freebind, shared)}).ListenPacket(context.Background(), "udp", l.addr.String())
+		if err != nil {
+			return nil, errors.Join(bindError(addr, err), l.close())
+		}
+		l.udp = append(l.udp, c.(*net.UDPConn))
+	}
+	return l, nil
+}
+
+func (l *listener) close() error {
+	var errs []error
+	if l.tcp != nil {
+		errs = append(errs, l.tcp.Close())
+	}
+	for _, c := range l.udp {
+		errs = append(errs, c.Close())
+	}
+	l.done.Wait()
+	return errors.Join(errs...)
+}
+
+func bindError(addr netip.AddrPort, err error) error {
+	if !errors.Is(err, syscall.EADDRINUSE) {
+		return fmt.Errorf("name server: %w", err)
+	}
+	who := "another process"
+	if h, found := findHolder("/proc", addr); found {
+		who = h.String()
+	}
+	return &PortTakenError{Addr: addr, Holder: who}
+}
+
+func control(options ...func(network string, fd int) error) func(network, _ string, c syscall.RawConn) error {
+	return func(network, _ string, c syscall.RawConn) error {
+		var err error
+		errc := c.Control(func(fd uintptr) {
+			for _, set := range options {
+				err = errors.Join(err, set(network, int(fd)))
+			}
+		})
+		return errors.Join(err, errc)
+	}
+}
+
+// IP_FREEBIND serves IPv6 sockets too (net/ipv6/af_inet6.c asks inet_can_nonlocal_bind).
+func freebind(_ string, fd int) error {
+	return unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_FREEBIND, 1)
+}
+
+// receiveBuffer holds some 10,000 small queries, a tenth of a second of a flood; the kernel's default holds
+// 200 of them.
+const receiveBuffer = 8 << 20
+
+// shared sets up one of several UDP sockets: the kernel spreads clients over them, and tells us the
+// interface that a datagram came in on.
+func shared(network string, fd int) error {
+	// Root may exceed net.core.rmem_max; what cannot be had is not worth failing for.
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, receiveBuffer) != nil {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, receiveBuffer)
+	}
+	err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
+	if network == "udp6" {
+		err = errors.Join(err, unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, 1))
+	}
+	if network == "udp4" || err == nil {
+		// On an IPv6 socket too, for the IPv4 clients of [::].
+		err = errors.Join(err, unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_PKTINFO, 1))
+	}
+	return err
+}
+
+func socketCount() int { return min(runtime.GOMAXPROCS(0), 8) }
+
+// bridgeAddress returns the IPv4 address of a bridge, or else its IPv6 address.
+func bridgeAddress(name string) (netip.Addr, error) {
+	ifc, err := net.InterfaceByName(name)
+	if err != nil {
+		return netip.Addr{}, fmt.Errorf("bridge %s: %w", name, err)
+	}
+	addrs, err := ifc.Addrs()
+	if err != nil {
+		return netip.Addr{}, fmt.Errorf("bridge %s: %w", name, err)
+	}
+	var six netip.Addr
+	for _, a := range addrs {
+		p, err := netip.ParsePrefix(a.String())
+		switch {
+		case err != nil:
+		case p.Addr().Is4():
+			return p.Addr(), nil
+		case !p.Addr().IsLinkLocalUnicast() && !six.IsValid():
+			six = p.Addr()
+		}
+	}
+	if six.IsValid() {
+		return six, nil
+	}
+	return netip.Addr{}, fmt.Errorf("bridge %s has no address", name)
+}
