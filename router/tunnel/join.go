@@ -12,16 +12,16 @@ import (
 // damaged gets a new checksum. It holds packets only within one batch of reads. One goroutine owns it.
 type joiner struct {
 	write func(buf []byte) // takes virtio header and frame; the buffer is borrowed
+	tso   bool
 	uso   bool
 	slots [joinSlots]joinSlot
 	used  int // slots in use are the first ones
 }
 
 const (
-	joinSlots   = 8
-	joinMax     = 65535 // bytes of IP packet
-	joinMaxUDP  = 64    // datagrams, UDP_MAX_SEGMENTS before Linux 6.9
-	vnetHeadLen = vnetLen
+	joinSlots  = 8
+	joinMax    = 65535 // bytes of IP packet
+	joinMaxUDP = 64    // datagrams, UDP_MAX_SEGMENTS before Linux 6.9
 )
 
 type joinSlot struct {
@@ -33,7 +33,9 @@ type joinSlot struct {
 	ended bool   // nothing may follow
 }
 
-func newJoiner(write func([]byte), uso bool) *joiner { return &joiner{write: write, uso: uso} }
+func newJoiner(write func([]byte), tso, uso bool) *joiner {
+	return &joiner{write: write, tso: tso, uso: uso}
+}
 
 // add takes a frame whose buffer has vnetLen bytes before it that may be overwritten. False if the frame
 // makes no sense: it claims a checksum of the pseudo header but is neither TCP nor UDP.
@@ -112,7 +114,7 @@ func (j *joiner) starts(frame []byte, p *packet) bool {
 	if p.proto == protoUDP {
 		return j.uso
 	}
-	return frame[p.l4+13] == tcpACK
+	return j.tso && frame[p.l4+13] == tcpACK
 }
 
 func (s *joinSlot) start(frame []byte, p *packet) {

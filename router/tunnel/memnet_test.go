@@ -19,21 +19,22 @@ import (
 // memNet is an underlay in memory: it loses, delays, repeats and reorders by a seed, and drops when a
 // queue is full.
 type memNet struct {
-	mu      sync.Mutex // guards all
-	rng     *rand.Rand
-	hosts   map[netip.AddrPort]*memConn
-	loss    float64
-	repeat  float64
-	delay   time.Duration
-	jitter  time.Duration
-	size    int // largest datagram that passes; 0: any
-	cut     map[[2]netip.AddrPort]bool
-	sniff   func(from, to netip.AddrPort, b []byte) // sees all that is sent
-	mangle  func(b []byte) []byte
-	ifMTU   int // what PathMTU says
-	refuse  int // datagrams larger than this are refused by the sender's interface; 0: none
-	carried int
-	last    time.Time // without jitter datagrams keep their order: each arrives a little later than the one before
+	mu        sync.Mutex // guards all
+	rng       *rand.Rand
+	hosts     map[netip.AddrPort]*memConn
+	loss      float64
+	loseHello float64 // of handshake datagrams only
+	repeat    float64
+	delay     time.Duration
+	jitter    time.Duration
+	size      int // largest datagram that passes; 0: any
+	cut       map[[2]netip.AddrPort]bool
+	sniff     func(from, to netip.AddrPort, b []byte) // sees all that is sent
+	mangle    func(b []byte) []byte
+	ifMTU     int // what PathMTU says
+	refuse    int // datagrams larger than this are refused by the sender's interface; 0: none
+	carried   int
+	last      time.Time // without jitter datagrams keep their order: each arrives a little later than the one before
 }
 
 func newMemNet(seed uint64) *memNet {
@@ -115,7 +116,7 @@ func (c *memConn) Write(b []byte, size int, to netip.AddrPort, _ bool) error {
 			continue
 		}
 		for range 1 + n.chance(n.repeat) {
-			if n.chance(n.loss) == 1 {
+			if n.chance(n.loss) == 1 || d[0] <= typeHello3 && n.chance(n.loseHello) == 1 {
 				continue
 			}
 			delay := n.delay
@@ -276,7 +277,7 @@ func startNode(t testing.TB, n *memNet, seed byte, addr string, change func(*Con
 	t.Helper()
 	nd := &node{t: t, conn: n.conn(addr), routes: &fixedRoutes{}, port: newMemPort(), done: make(chan struct{})}
 	cfg := Config{
-		Identity: testIdentity(t, seed), Conn: nd.conn, Router: nd.routes, Handler: nd, MTU: 1410, USO: true,
+		Identity: testIdentity(t, seed), Conn: nd.conn, Router: nd.routes, Handler: nd, MTU: 1410, TSO: true, USO: true,
 		Ports: []Port{nd.port}, Switch: wireSwitch{},
 		Hello: router.Hello{NickName: "host" + string('a'+rune(seed)), Run: mesh.RunID(rand.Uint64()), Port: nd.conn.addr.Port()},
 		Log:   slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug})),

@@ -35,7 +35,7 @@ func newReceiver(t *Tunnel) *receiver {
 	if len(t.cfg.Ports) > 0 {
 		r.port = t.cfg.Ports[0]
 	}
-	r.join = newJoiner(r.write, t.cfg.USO)
+	r.join = newJoiner(r.write, t.cfg.TSO, t.cfg.USO)
 	return r
 }
 

@@ -67,6 +67,7 @@ type Config struct {
 
 	Listen netip.AddrPort // UDP and TCP; zero: port 6783 on all addresses
 	Ports  []Port         // queues of the TAP; none: no frames
+	TSO    bool           // the ports take TCP superframes (TUN_F_TSO4, TUN_F_TSO6)
 	USO    bool           // the ports take UDP superframes (TUN_F_USO4, Linux 6.2)
 	MTU    int            // bytes of the overlay's packets; TCP MSS is clamped where a path carries less. 0: never
 	Conn   Conn           // nil: open a UDP socket at Listen, and TCP for streams. Given: no streams

@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -365,6 +366,339 @@ func TestRoaming(t *testing.T) {
 		wait(5 * time.Second)
 		if d := append(a.took(router.LinkDown), b.took(router.LinkDown)...); len(d) != 0 {
 			t.Errorf("link lost: %v", d[0].Err)
+		}
+		return []*node{a, b}
+	})
+}
+
+// line links nodes in a row and sets their routes along it.
+func line(t *testing.T, nodes ...*node) {
+	t.Helper()
+	for i := range nodes[:len(nodes)-1] {
+		nodes[i].tun.Dial(nodes[i+1].conn.addr)
+	}
+	for i, x := range nodes {
+		for j, y := range nodes {
+			switch {
+			case j > i:
+				x.routes.set(y.name(), nodes[i+1].name())
+			case j < i:
+				x.routes.set(y.name(), nodes[i-1].name())
+			}
+		}
+	}
+	for i := range nodes[:len(nodes)-1] {
+		until(t, time.Second, "link", func() bool { return linked(nodes[i], nodes[i+1]) && linked(nodes[i+1], nodes[i]) })
+	}
+}
+
+// Over one relay and over two: messages both ways, sealed end to end, and nothing in the middle's hands.
+func TestRelay(t *testing.T) {
+	for _, middles := range []int{1, 2} {
+		t.Run(fmt.Sprint(middles), func(t *testing.T) {
+			bubble(t, func(t *testing.T) []*node {
+				n := newMemNet(1)
+				var nodes []*node
+				for i := range middles + 2 {
+					nodes = append(nodes, startNode(t, n, byte(i+1), fmt.Sprintf("10.0.0.%d:6783", i+1), password(pskOne)))
+				}
+				line(t, nodes...)
+				a, z := nodes[0], nodes[len(nodes)-1]
+				if err := a.tun.Send(z.name(), []byte("first")); err != nil {
+					t.Fatal(err)
+				}
+				took := until(t, time.Second, "message", func() bool { return len(z.got()) == 1 })
+				t.Logf("first message after %v", took)
+				z.tun.Send(a.name(), []byte(strings.Repeat("y", MaxMessage)))
+				wait(50 * time.Millisecond)
+				if got := a.got(); len(got) != 1 || len(got[0]) != MaxMessage {
+					t.Errorf("a got %d messages", len(got))
+				}
+				for _, m := range nodes[1 : len(nodes)-1] {
+					if got := m.got(); len(got) != 0 {
+						t.Errorf("a relay read %q", got)
+					}
+				}
+				wait(2 * time.Second)
+				s := statusOf(a, z)
+				if s.Path != "relay" || s.Via != nodes[1].name() || !s.Sealed || s.Why == "" || s.RTT == 0 || s.MTU != 1472-relayHeaderLen {
+					t.Errorf("status: %+v", s)
+				}
+				for _, x := range nodes {
+					if d := x.tun.Drops(); len(d) != 0 {
+						t.Errorf("drops: %v", d)
+					}
+				}
+				return nodes
+			})
+		})
+	}
+}
+
+func statusOf(a, b *node) Status {
+	for _, s := range a.tun.Sessions() {
+		if s.Peer.Name == b.name() {
+			return s
+		}
+	}
+	return Status{}
+}
+
+// From a relay to a direct link and back under traffic: the keys go on, nothing is lost that was not on
+// the way over the path that died.
+func TestRelayToDirectAndBack(t *testing.T) {
+	bubble(t, func(t *testing.T) []*node {
+		n := newMemNet(1)
+		a := startNode(t, n, 1, "10.0.0.1:6783", password(pskOne))
+		m := startNode(t, n, 2, "10.0.0.2:6783", password(pskOne))
+		z := startNode(t, n, 3, "10.0.0.3:6783", password(pskOne))
+		line(t, a, m, z)
+		a.tun.Send(z.name(), []byte("start"))
+		until(t, time.Second, "message", func() bool { return len(z.got()) == 1 })
+		sent := 0
+		traffic := func(d time.Duration) {
+			for end := time.Now().Add(d); time.Now().Before(end); {
+				if a.tun.Send(z.name(), []byte("x")) == nil {
+					sent++
+				}
+				wait(5 * time.Millisecond)
+			}
+		}
+		traffic(time.Second)
+		a.tun.Dial(z.conn.addr)
+		traffic(time.Second)
+		a.routes.set(z.name(), z.name())
+		z.routes.set(a.name(), a.name())
+		traffic(time.Second)
+		if s := statusOf(a, z); s.Path != "direct" {
+			t.Errorf("status: %+v", s)
+		}
+		a.tun.Hangup(z.name(), "test")
+		a.routes.set(z.name(), m.name())
+		z.routes.set(a.name(), m.name())
+		traffic(time.Second)
+		wait(100 * time.Millisecond)
+		if s := statusOf(a, z); s.Path != "relay" {
+			t.Errorf("status: %+v", s)
+		}
+		if got := len(z.got()); got != sent {
+			t.Errorf("sent %d, received %d", sent, got)
+		}
+		return []*node{a, m, z}
+	})
+}
+
+// Nobody forwards for strangers, without end, or back to where it came from.
+func TestRelayRefuses(t *testing.T) {
+	bubble(t, func(t *testing.T) []*node {
+		n := newMemNet(1)
+		a := startNode(t, n, 1, "10.0.0.1:6783", nil)
+		m := startNode(t, n, 2, "10.0.0.2:6783", nil)
+		z := startNode(t, n, 3, "10.0.0.3:6783", nil)
+		line(t, a, m, z)
+		stranger := n.conn("10.0.0.66:6783")
+		datagram := func(hops byte, to, from *node) []byte {
+			b := make([]byte, relayHeaderLen+40)
+			putRelayHeader(b, hops, to.name(), from.name())
+			b[relayHeaderLen] = typeData
+			return b
+		}
+		send := func(c *memConn, b []byte) {
+			c.Write(b, len(b), m.conn.addr, false)
+			wait(10 * time.Millisecond)
+		}
+		before := z.tun.Drops()["session"]
+		send(stranger, datagram(3, z, a))
+		send(a.conn, datagram(0, z, a))
+		send(a.conn, datagram(200, z, a))
+		send(a.conn, datagram(3, a, z))
+		nested := datagram(3, z, a)
+		nested[relayHeaderLen] = typeRelay
+		send(a.conn, nested)
+		send(a.conn, datagram(3, z, a)[:relayHeaderLen])
+		d := m.tun.Drops()
+		if d["relay_source"] != 1 || d["relay_hops"] != 2 || d["relay_route"] != 1 || d["type"] != 2 || z.tun.Drops()["session"] != before {
+			t.Errorf("drops: %v", d)
+		}
+		// Two relays that send it to each other for ever.
+		m.routes.set(z.name(), a.name())
+		a.routes.set(z.name(), m.name())
+		carried := n.carried
+		send(a.conn, datagram(8, z, a))
+		if extra := n.carried - carried; extra > 40 {
+			t.Errorf("%d datagrams for one", extra)
+		}
+		return []*node{a, m, z}
+	})
+}
+
+// Ten minutes of messages while keys are made anew every two: none is lost.
+func TestRekeyLosesNothing(t *testing.T) {
+	for _, loss := range []float64{0, 0.2} {
+		bubble(t, func(t *testing.T) []*node {
+			n := newMemNet(5)
+			n.delay, n.jitter = 20*time.Millisecond, 10*time.Millisecond
+			a := startNode(t, n, 1, "10.0.0.1:6783", password(pskOne))
+			b := startNode(t, n, 2, "10.0.0.2:6783", password(pskOne))
+			a.tun.Dial(b.conn.addr)
+			until(t, time.Second, "link", func() bool { return linked(a, b) && linked(b, a) })
+			// Only handshakes are lost.
+			n.set(func() { n.loseHello = loss })
+			used := map[uint32]bool{}
+			sent := 0
+			for end := time.Now().Add(10 * time.Minute); time.Now().Before(end); {
+				a.tun.Send(b.name(), []byte("x"))
+				b.tun.Send(a.name(), []byte("x"))
+				sent++
+				wait(20 * time.Millisecond)
+				used[(*a.tun.peers.Load())[b.name()].send.Load().local] = true
+			}
+			wait(time.Second)
+			if x, y := len(a.got()), len(b.got()); x != sent || y != sent {
+				t.Errorf("sent %d each way, received %d and %d", sent, y, x)
+			}
+			if len(used) < 4 || len(used) > 8 {
+				t.Errorf("%d keys in ten minutes", len(used))
+			}
+			if d := append(a.took(router.LinkDown), b.took(router.LinkDown)...); len(d) != 0 {
+				t.Errorf("link lost: %v", d[0].Err)
+			}
+			if loss == 0 {
+				for _, x := range []*node{a, b} {
+					if d := x.tun.Drops(); len(d) != 0 {
+						t.Errorf("drops: %v", d)
+					}
+				}
+			}
+			return []*node{a, b}
+		})
+	}
+}
+
+// A session that cannot be renewed ends after three minutes; nothing is sealed with old keys after that.
+func TestHardStop(t *testing.T) {
+	bubble(t, func(t *testing.T) []*node {
+		n := newMemNet(5)
+		a := startNode(t, n, 1, "10.0.0.1:6783", password(pskOne))
+		b := startNode(t, n, 2, "10.0.0.2:6783", password(pskOne))
+		a.tun.Dial(b.conn.addr)
+		until(t, time.Second, "link", func() bool { return linked(a, b) && linked(b, a) })
+		n.set(func() { n.loseHello = 1 })
+		wait(deadAge + time.Second)
+		n.set(func() {
+			n.sniff = func(_, _ netip.AddrPort, b []byte) {
+				if b[0] == typeData {
+					t.Errorf("sealed with dead keys")
+				}
+			}
+		})
+		a.tun.Send(b.name(), []byte("late"))
+		wait(time.Second)
+		n.set(func() { n.sniff, n.loseHello = nil, 0 })
+		if len(b.got()) != 0 {
+			t.Error("received with dead keys")
+		}
+		a.tun.Dial(b.conn.addr)
+		until(t, 2*time.Second, "link", func() bool { return linked(a, b) && linked(b, a) })
+		return []*node{a, b}
+	})
+}
+
+// Counters near their limits (C5): new keys in time, and never a number twice.
+func TestCounterLimits(t *testing.T) {
+	for _, start := range []uint64{1<<32 - 10, rekeyCount - 10, deadCount - 1500} {
+		bubble(t, func(t *testing.T) []*node {
+			n := newMemNet(5)
+			a := startNode(t, n, 1, "10.0.0.1:6783", password(pskOne))
+			b := startNode(t, n, 2, "10.0.0.2:6783", password(pskOne))
+			a.tun.Dial(b.conn.addr)
+			until(t, time.Second, "link", func() bool { return linked(a, b) && linked(b, a) })
+			k := (*a.tun.peers.Load())[b.name()].send.Load()
+			seen := map[[2]uint64]bool{}
+			n.set(func() {
+				n.sniff = func(from, _ netip.AddrPort, d []byte) {
+					if from != a.conn.addr || d[0] != typeData {
+						return
+					}
+					id := [2]uint64{uint64(binary.BigEndian.Uint32(d[4:])), binary.BigEndian.Uint64(d[8:])}
+					if seen[id] || id[1] >= deadCount {
+						t.Errorf("start %d: counter %d used twice, or too high", start, id[1])
+					}
+					seen[id] = true
+				}
+			})
+			k.counter.Store(start)
+			for range 1000 {
+				a.tun.Send(b.name(), []byte("x"))
+				wait(time.Millisecond)
+			}
+			wait(100 * time.Millisecond)
+			if got := len(b.got()); got != 1000 {
+				t.Errorf("start %d: received %d of 1000", start, got)
+			}
+			renewed := (*a.tun.peers.Load())[b.name()].send.Load() != k
+			if renewed != (start >= rekeyCount-10) {
+				t.Errorf("start %d: renewed %v", start, renewed)
+			}
+			return []*node{a, b}
+		})
+	}
+}
+
+func TestCounterNeverWraps(t *testing.T) {
+	k := &keys{}
+	k.counter.Store(deadCount - 3)
+	if first, err := k.reserve(2); err != nil || first != deadCount-3 {
+		t.Errorf("got %d, %v", first, err)
+	}
+	for range 100_000 {
+		if c, err := k.reserve(64); err == nil {
+			t.Fatalf("counter %d given out", c)
+		}
+	}
+	if c := k.counter.Load(); c >= deadCount {
+		t.Errorf("counter went to %d", c)
+	}
+}
+
+// The password ring is turned under traffic: add, use, remove (M8).
+func TestPasswordRotation(t *testing.T) {
+	bubble(t, func(t *testing.T) []*node {
+		n := newMemNet(5)
+		a := startNode(t, n, 1, "10.0.0.1:6783", password(pskOne))
+		b := startNode(t, n, 2, "10.0.0.2:6783", password(pskOne))
+		a.tun.Dial(b.conn.addr)
+		until(t, time.Second, "link", func() bool { return linked(a, b) && linked(b, a) })
+		sent := 0
+		traffic := func(d time.Duration) {
+			for end := time.Now().Add(d); time.Now().Before(end); sent++ {
+				a.tun.Send(b.name(), []byte("x"))
+				wait(10 * time.Millisecond)
+			}
+		}
+		from, to := pskOne, pskTwo
+		for range 10 {
+			for _, ring := range [][]PSK{{from, to}, {to, from}, {to}} {
+				for _, x := range []*node{a, b} {
+					x.tun.SetPSKs(ring)
+					traffic(3 * time.Second)
+				}
+			}
+			traffic(15 * time.Second)
+			from, to = to, from
+		}
+		wait(time.Second)
+		if got := len(b.got()); got != sent {
+			t.Errorf("sent %d, received %d", sent, got)
+		}
+		if d := append(a.took(router.LinkDown), b.took(router.LinkDown)...); len(d) != 0 {
+			t.Errorf("link lost: %v", d[0].Err)
+		}
+		// The one who keeps to a removed password is out after the grace time.
+		a.tun.SetPSKs([]PSK{{9}})
+		wait(retireGrace + 8*time.Second)
+		if linked(a, b) || linked(b, a) {
+			t.Error("linked with a removed password")
 		}
 		return []*node{a, b}
 	})
