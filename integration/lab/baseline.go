@@ -80,14 +80,24 @@ func (h *Host) batch(ctx context.Context, tool, script string) error {
 }
 
 // CutToMTU makes every link of the underlay carry packets of MTU size only, as a wire does; without it
-// superframes cross the underlay whole.
+// superframes cross the underlay whole. What is cut is cut by the kernel at the last moment, as for a
+// network card without segmentation offload.
 func (l *Lab) CutToMTU(ctx context.Context) error {
-	var script strings.Builder
 	for _, h := range l.Hosts {
-		fmt.Fprintf(&script, "link set %s gso_max_segs 1\n", h.Name)
-		if err := h.batch(ctx, "ip", "link set eth0 gso_max_segs 1\n"); err != nil {
+		args := CutArgs("eth0")
+		if _, err := h.Out(ctx, args...); err != nil {
+			return err
+		}
+		args[2] = h.Name
+		if err := l.inRouter(ctx, "", args...); err != nil {
 			return err
 		}
 	}
-	return l.inRouter(ctx, script.String(), "ip", "-batch", "-")
+	return nil
+}
+
+// CutArgs is the command that makes a veth device pass packets of MTU size only.
+func CutArgs(device string) []string {
+	return []string{"ethtool", "-K", device, "tx-tcp-segmentation", "off", "tx-tcp6-segmentation", "off", "tx-tcp-ecn-segmentation", "off",
+		"tx-tcp-mangleid-segmentation", "off", "tx-udp-segmentation", "off", "tx-udp_tnl-segmentation", "off", "tx-udp_tnl-csum-segmentation", "off"}
 }

@@ -129,15 +129,17 @@ func (c *Container) WaitPing(ctx context.Context, to netip.Addr, limit time.Dura
 	start := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	r, err := c.Run(ctx, "ping", "-n", "-q", "-i", "0.02", "-w", strconv.Itoa(int(limit/time.Second)+1), "-c", "1", to.String())
-	took := time.Since(start)
-	if err == nil && r.Exit != 0 {
-		err = errors.New(r.String())
+	for {
+		// An ICMP error ends ping as an answer does, so it is asked again.
+		r, err := c.Run(ctx, "ping", "-n", "-q", "-i", "0.02", "-w", strconv.Itoa(int(limit/time.Second)+1), "-c", "1", to.String())
+		took := time.Since(start)
+		if err == nil && r.Exit == 0 {
+			return took, nil
+		}
+		if pause(ctx, 20) != nil {
+			return took, fmt.Errorf("container %s has no answer from %v within %v: %v %s", c.Name, to, limit, err, r)
+		}
 	}
-	if err != nil {
-		return took, fmt.Errorf("container %s has no answer from %v within %v: %w", c.Name, to, limit, err)
-	}
-	return took, nil
 }
 
 // Dial opens a connection from inside the container. The address has to be a literal.

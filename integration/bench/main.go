@@ -1,0 +1,97 @@
+// Command bench measures the mesh beside what else carries frames between hosts: a bare veth pair, host
+// routing, a Linux bridge with vxlan, and the tunnels that Debian offers. All run in namespaces of one
+// machine and take turns, so what counts are the ratios in one run, not the figures themselves.
+//
+// It needs root and the binaries of the product (-bin).
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"meshd/integration/lab"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+type options struct {
+	bin, out string
+	rounds   int
+	length   time.Duration // of one measurement
+	only     string
+	whole    bool
+}
+
+func run(ctx context.Context, args []string) error {
+	var o options
+	f := flag.NewFlagSet("bench", flag.ContinueOnError)
+	f.StringVar(&o.bin, "bin", "bin", "`directory` of meshctl and meshd")
+	f.StringVar(&o.out, "out", "", "`directory` for benchmarks.md and its picture; empty prints only")
+	f.IntVar(&o.rounds, "rounds", 5, "`number` of turns that each network gets")
+	f.DurationVar(&o.length, "length", 2*time.Second, "`duration` of each measurement")
+	f.StringVar(&o.only, "only", "", "comma-separated `names` of networks; empty means all")
+	f.BoolVar(&o.whole, "whole", false, "let superframes cross the underlay whole, as between namespaces, instead of cut to MTU as on a wire")
+	if err := f.Parse(args); err != nil {
+		return err
+	}
+	if err := lab.Requirements(); err != nil {
+		return err
+	}
+	var nets []*network
+	defer func() {
+		for _, n := range nets {
+			if err := n.lab.Close(); err != nil {
+				fmt.Fprintln(os.Stderr, "bench:", n.name, err)
+			}
+		}
+	}()
+	for _, c := range candidates {
+		if o.only != "" && !slices.Contains(strings.Split(o.only, ","), c.name) {
+			continue
+		}
+		n, err := c.build(ctx, o)
+		var missing *missingError
+		switch {
+		case errors.As(err, &missing):
+			fmt.Printf("%s is left out: %v\n", c.name, err)
+			continue
+		case err != nil:
+			return fmt.Errorf("%s: %w", c.name, err)
+		}
+		nets = append(nets, n)
+		fmt.Printf("%s is up\n", c.name)
+	}
+	if len(nets) == 0 {
+		return errors.New("there is nothing to measure")
+	}
+	for round := range o.rounds {
+		for i := range nets {
+			n := nets[(i+round)%len(nets)] // whoever comes after whom changes, too
+			if err := n.measure(ctx, o.length); err != nil {
+				return fmt.Errorf("%s: %w", n.name, err)
+			}
+			fmt.Printf("round %d of %d: %s\n", round+1, o.rounds, n.last())
+		}
+	}
+	text := table(nets, o)
+	fmt.Print("\n", text)
+	if o.out != "" {
+		return write(o.out, text, nets)
+	}
+	return nil
+}
