@@ -39,7 +39,7 @@ demo: need-root build
 	bin/meshctl demo
 
 # command:package
-NEEDED := ip:iproute2 nft:nftables iptables:iptables ss:iproute2 sysctl:procps ping:iputils-ping setpriv:util-linux dockerd:docker.io containerd:containerd runc:runc busybox:busybox-static
+NEEDED := ip:iproute2 ethtool:ethtool nft:nftables iptables:iptables ss:iproute2 sysctl:procps ping:iputils-ping setpriv:util-linux dockerd:docker.io containerd:containerd runc:runc busybox:busybox-static
 
 deps: need-root
 	@missing=; for pair in $(NEEDED); do \
