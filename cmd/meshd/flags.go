@@ -99,6 +99,7 @@ var unsupported = map[string]string{
 func newFlags(o *options) *pflag.FlagSet {
 	f := pflag.NewFlagSet("meshd", pflag.ContinueOnError)
 	f.SortFlags = false
+	f.Usage = func() {} // run prints it
 	f.SetNormalizeFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
 		if to, ok := aliases[name]; ok {
 			name = to
