@@ -2,25 +2,339 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
-	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"meshd/control"
+	"meshd/dns"
+	"meshd/dns/records"
+	"meshd/fastdp"
+	"meshd/mesh"
+	"meshd/router"
+	"meshd/router/gossip"
+	"meshd/router/hostnet"
+	"meshd/router/tunnel"
+	"meshd/store"
 )
+
+const stateFile = "meshd.db"
+
+// house is the rooms of one meshd, built in the order of the fields: each knows only those above it, but
+// for the gossip, which gets its underlay when that exists.
+type house struct {
+	cfg   Config
+	log   *slog.Logger
+	state *store.Store
+	id    tunnel.Identity
+	self  mesh.PeerName
+	run   mesh.RunID
+
+	host     *hostnet.Host
+	mtu      int // bytes of the overlay's packets
+	tap      *hostnet.TAP
+	switcher *router.Switch
+	gossip   *gossip.Node
+	tunnel   *tunnel.Tunnel
+	records  *records.Table
+	names    *dns.Server // nil with --no-dns
+	kernel   *kernelPath
+	control  *control.Server
+}
 
 // serve builds the rooms, runs them until ctx is done and returns the first failure.
 func serve(ctx context.Context, cfg Config, log *slog.Logger, notify *notifier) error {
-	api, err := control.Listen(controlConfig(cfg.Control, log), control.Backends{Reporter: state{}})
+	h := &house{cfg: cfg, log: log}
+	h.kernel = newKernelPath(h)
+	defer h.close()
+	for _, build := range []func() error{h.openState, h.openHost, h.buildMesh, h.buildNames, h.openKernel, h.openControl} {
+		if err := build(); err != nil {
+			return err
+		}
+	}
+	return h.serve(ctx, notify)
+}
+
+func (h *house) openState() error {
+	var err error
+	if h.state, err = store.Open(filepath.Join(h.cfg.StateDir, stateFile)); err != nil {
+		return err
+	}
+	if h.id, err = identity(h.state); err != nil {
+		return err
+	}
+	h.run = newRunID()
+	if h.self = h.cfg.Underlay.Name; h.self.IsZero() {
+		h.self = h.id.Name()
+	}
+	return nil
+}
+
+func (h *house) openHost() error {
+	o := h.cfg.Overlay
+	var err error
+	if h.host, err = hostnet.Open(hostConfig(h.cfg, h.log)); err != nil {
+		return err
+	}
+	if h.mtu = o.MTU; h.mtu == 0 {
+		if h.mtu, err = overlayMTU(h.host); err != nil {
+			return err
+		}
+	}
+	if _, err := h.host.EnsureBridge(hostnet.BridgeSpec{MTU: h.mtu}); err != nil {
+		return err
+	}
+	if h.tap, err = h.host.OpenTAP(tapQueues); err != nil {
+		return err
+	}
+	if missing := h.tap.Offload.Missing; missing != "" {
+		h.log.Warn("the userspace path is slower than it could be", "missing", missing)
+	}
+	return nil
+}
+
+// tapQueues is how many goroutines read frames from the bridge.
+const tapQueues = 1
+
+func hostConfig(cfg Config, log *slog.Logger) hostnet.Config {
+	o := cfg.Overlay
+	return hostnet.Config{
+		Bridge: o.Bridge, TAP: o.TAP, VXLAN: o.VXLAN, Inside: o.Ifname, DockerBridge: o.DockerBridge,
+		Log: log.With("room", "hostnet"),
+	}
+}
+
+// overlayMTU is what the underlay carries less what the larger path, the userspace one, puts around it.
+func overlayMTU(host *hostnet.Host) (int, error) {
+	u, err := host.Underlay()
+	if err != nil {
+		return 0, fmt.Errorf("find the underlay's MTU: %w", err)
+	}
+	mtu := u.MTU - tunnel.Overhead4
+	if u.IPv6 {
+		mtu = u.MTU - tunnel.Overhead6
+	}
+	// IPv6 inside needs 1280 bytes (RFC 8200 section 5); the tunnel splits what does not fit.
+	return min(max(mtu, 1280), 65535-tunnel.Overhead6), nil
+}
+
+func (h *house) buildMesh() error {
+	u := h.cfg.Underlay
+	shortID, err := loadShortID(h.state)
 	if err != nil {
 		return err
 	}
+	var psks []tunnel.PSK
+	if u.Password != "" {
+		psks = append(psks, tunnel.Stretch(u.Password))
+	}
+	h.switcher = router.NewSwitch(h.self, time.Now())
+	routes := &router.LiveRoutes{}
+	under := &lateUnderlay{}
+	h.gossip = gossip.New(gossip.Config{
+		Self: router.Peer{
+			Name: h.self, Run: h.run, Key: h.id.Public, NickName: u.NickName, ShortID: shortID,
+			Port: u.Port, Protocol: 1, MTU: h.mtu,
+		},
+		NoDiscovery: u.NoDiscovery,
+		ConnLimit:   u.ConnLimit,
+		TargetPort:  u.Port,
+		Routes:      routes,
+		OnPeers:     h.onPeers,
+		Log:         h.log.With("room", "gossip"),
+	}, under)
+	var ports []tunnel.Port
+	for _, q := range h.tap.Queues() {
+		ports = append(ports, q)
+	}
+	h.tunnel, err = tunnel.New(tunnel.Config{
+		Identity: h.id,
+		Hello:    router.Hello{Name: h.self, Run: h.run, NickName: u.NickName, Port: u.Port},
+		PSKs:     psks,
+		Trusted:  u.TrustedSubnets,
+		Listen:   listenAddr(u),
+		Ports:    ports,
+		USO:      h.tap.Offload.USO,
+		MTU:      h.mtu,
+		Accept:   h.gossip.Accept,
+		Router:   routes,
+		Switch:   h.switcher,
+		Handler:  h.gossip,
+		Log:      h.log.With("room", "tunnel"),
+	})
+	if err != nil {
+		return err
+	}
+	under.Tunnel = h.tunnel
+	return h.tunnel.Listen()
+}
+
+// lateUnderlay is the tunnel, which is built after the gossip that uses it.
+type lateUnderlay struct{ *tunnel.Tunnel }
+
+// onPeers is told of every change of the set of peers.
+func (h *house) onPeers(peers []router.PeerFlags) {
+	h.switcher.SetPeers(peers)
+	h.kernel.poke()
+}
+
+func (h *house) buildNames() error {
+	d := h.cfg.DNS
+	var err error
+	h.records, err = records.Open(records.Config{
+		Self: h.self, Run: h.run, Domain: d.Domain, Store: h.state, Now: time.Now(), Log: h.log.With("room", "names"),
+	})
+	if err != nil {
+		return err
+	}
+	h.records.OnChange(func(changes []records.Change) {
+		var set, gone []mesh.Endpoint
+		for _, c := range changes {
+			if c.Up {
+				set = append(set, c.Endpoint)
+			} else {
+				gone = append(gone, c.Endpoint)
+			}
+		}
+		h.switcher.UpdateEndpoints(set, gone)
+		h.kernel.poke()
+	})
+	h.gossip.AddTable(mesh.ChanNames, h.records)
+	h.gossip.Subscribe(func(ev gossip.PeerEvent) {
+		h.records.SetPeerState(ev.Peer, map[router.PeerState]records.PeerState{
+			router.Alive: records.Alive, router.Suspect: records.Suspect, router.Gone: records.Gone,
+		}[ev.State])
+	})
+	if d.Off {
+		return nil
+	}
+	h.names, err = dns.New(dns.Config{
+		Domain: d.Domain, Listen: d.Listen, Bridge: h.cfg.Overlay.DockerBridge, TTL: d.TTL,
+		ResolvConf: d.ResolvConf, Timeout: d.FallbackTimeout,
+		Access: dns.NewInterfaces([]string{h.cfg.Overlay.Bridge}, nil).Access,
+		Ranges: ranges(h.cfg.Addresses),
+		Log:    h.log.With("room", "dns"),
+	}, h.records)
+	if err != nil {
+		return err
+	}
+	return h.names.Open()
+}
+
+func (h *house) openKernel() error {
+	o := h.cfg.Overlay
+	return h.kernel.open(fastdp.Config{
+		Bridge: o.Bridge, TAP: o.TAP, VXLAN: o.VXLAN, PinDir: h.cfg.PinDir, Port: h.cfg.Underlay.VXLANPort, MTU: h.mtu,
+		GuardOnly: h.cfg.Underlay.Password != "", NoGuard: o.NoSpoofGuard, Log: h.log.With("room", "fastdp"),
+	}, o.NoFastDP)
+}
+
+func (h *house) openControl() error {
+	var err error
+	h.control, err = control.Listen(controlConfig(h.cfg.Control, h.log), control.Backends{
+		Reporter: h,
+		Peers:    targets{h},
+		Names:    nil,
+	})
+	return err
+}
+
+// serve runs the rooms.
+func (h *house) serve(ctx context.Context, notify *notifier) error {
+	u := h.cfg.Underlay
+	peers := u.Peers
+	if u.Resume {
+		var err error
+		if peers, err = loadTargets(h.state); err != nil {
+			return err
+		}
+	}
+	if err := (targets{h}).Connect(peers, true); err != nil {
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	run := func(room string, f func(context.Context) error) {
+		g.Go(func() error { return ended(ctx, room, f(ctx)) })
+	}
+	run("tunnel", h.tunnel.Run)
+	run("gossip", h.gossip.Run)
+	run("names", func(ctx context.Context) error {
+		return h.records.Run(ctx, mesh.MaxMessage-1, func(delta []byte) { h.broadcast(mesh.ChanNames, delta) })
+	})
+	if h.names != nil {
+		run("dns", h.names.Run)
+	}
+	run("kernel path", h.kernel.run)
+	run("hostnet", func(ctx context.Context) error { return h.host.Watch(ctx, h.onHost) })
+	run("switch", h.expireLoop)
+	run("control", h.control.Run)
+	run("tap", func(ctx context.Context) error { // the pumps wait in Read until it is closed
+		<-ctx.Done()
+		return h.tap.Close()
+	})
+	h.log.Info("serving", "peer", h.self, "nickname", u.NickName, "mtu", h.mtu)
 	notify.Ready(func(context.Context) error { return nil })
-	return api.Run(ctx)
+	return g.Wait()
+}
+
+func (h *house) broadcast(ch mesh.Channel, delta []byte) {
+	if err := h.gossip.Broadcast(ch, delta); err != nil {
+		h.log.Error("a change reaches the peers late", "err", err) // by comparison of tables
+	}
+}
+
+// onHost is told what changed on the bridge.
+func (h *house) onHost(s hostnet.State) {
+	if len(s.Foreign) > 0 {
+		h.gossip.SetFlags(router.FlagForeign, 0)
+	} else {
+		h.gossip.SetFlags(0, router.FlagForeign)
+	}
+	h.kernel.poke()
+}
+
+// expireLoop forgets learned addresses that have aged.
+func (h *house) expireLoop(ctx context.Context) error {
+	tick := time.NewTicker(10 * time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case now := <-tick.C:
+			h.switcher.Expire(now)
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// close releases what was opened. Devices, pinned programs and attached containers stay.
+func (h *house) close() {
+	var errs []error
+	if h.control != nil {
+		errs = append(errs, h.control.Close())
+	}
+	errs = append(errs, h.kernel.close())
+	if h.tap != nil {
+		errs = append(errs, h.tap.Close())
+	}
+	if h.host != nil {
+		errs = append(errs, h.host.Close())
+	}
+	if h.state != nil {
+		errs = append(errs, h.state.Close())
+	}
+	if err := errors.Join(errs...); err != nil {
+		h.log.Warn("not everything could be closed", "err", err)
+	}
 }
 
 func controlConfig(c ControlConfig, log *slog.Logger) control.Config {
 	return control.Config{
-		Log:         log,
+		Log:         log.With("room", "control"),
 		Socket:      c.Socket,
 		HTTPAddr:    c.HTTPAddr,
 		CACert:      c.TLS.CACert,
@@ -29,16 +343,4 @@ func controlConfig(c ControlConfig, log *slog.Logger) control.Config {
 		StatusAddr:  c.StatusAddr,
 		MetricsAddr: c.MetricsAddr,
 	}
-}
-
-// state reports what the rooms say.
-type state struct{}
-
-func (state) Report() control.Report {
-	return control.Report{Ready: true, Version: version}
-}
-
-// resetHost removes what meshd leaves on a host when it stops.
-func resetHost(cfg Config, log *slog.Logger) error {
-	return os.RemoveAll(cfg.StateDir)
 }

@@ -1,0 +1,205 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/netip"
+	"sync/atomic"
+	"time"
+
+	"meshd/fastdp"
+	"meshd/mesh"
+	"meshd/router"
+	"meshd/router/gossip"
+)
+
+// kernelPath feeds the kernel path with what the other rooms know. Everything is told anew after any
+// change: fastdp applies the difference.
+type kernelPath struct {
+	h      *house
+	log    *slog.Logger
+	dp     atomic.Pointer[fastdp.Datapath] // nil: off
+	off    string                          // why it is off; fixed by open
+	wake   chan struct{}
+	shared mesh.ShortID // owned by run: the last one stored
+}
+
+func newKernelPath(h *house) *kernelPath {
+	return &kernelPath{h: h, log: h.log, wake: make(chan struct{}, 1)}
+}
+
+// open starts the kernel path. A kernel that lacks something is no error: off says what it is.
+func (k *kernelPath) open(cfg fastdp.Config, disabled bool) error {
+	if disabled {
+		k.off = "switched off by --no-fastdp"
+		return nil
+	}
+	dp, err := fastdp.Open(cfg)
+	switch {
+	case errors.Is(err, fastdp.ErrNotSupported):
+		k.off = err.Error()
+		k.log.Warn("the userspace path serves alone", "err", err)
+		return nil
+	case err != nil:
+		return err
+	}
+	k.dp.Store(dp)
+	if !cfg.GuardOnly {
+		k.h.gossip.SetFlags(router.FlagKernel, 0)
+	}
+	return nil
+}
+
+// poke has everything told anew soon.
+func (k *kernelPath) poke() {
+	select {
+	case k.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Changes come in bursts, so one telling waits a moment for the next. Links are looked at regularly, since
+// nobody tells of a link that only moved.
+const (
+	kernelGather = 50 * time.Millisecond
+	kernelEvery  = time.Second
+	// Restarted, we know our peers and endpoints after so long; what was adopted and is not among them goes.
+	kernelSettle = 30 * time.Second
+)
+
+func (k *kernelPath) run(ctx context.Context) error {
+	dp := k.dp.Load()
+	if dp == nil {
+		<-ctx.Done()
+		return nil
+	}
+	done := make(chan error, 1)
+	go func() { done <- dp.Run(ctx) }() // ends with ctx, and run waits for it
+	tick := time.NewTicker(kernelEvery)
+	defer tick.Stop()
+	settle := time.NewTimer(kernelSettle)
+	defer settle.Stop()
+	failed := ""
+	for {
+		err := k.tell(dp)
+		if err != nil && err.Error() != failed {
+			k.log.Warn("the kernel path lacks something", "err", err)
+		}
+		if failed = ""; err != nil {
+			failed = err.Error()
+		}
+		select {
+		case <-k.wake:
+		case <-tick.C:
+			continue
+		case <-settle.C:
+			if err := dp.Settle(); err != nil {
+				k.log.Warn("the kernel path keeps what is old", "err", err)
+			}
+			continue
+		case err := <-done:
+			return err
+		}
+		select {
+		case <-time.After(kernelGather):
+		case err := <-done:
+			return err
+		}
+	}
+}
+
+// tell gives the kernel path peers, endpoints and ports as they are now.
+func (k *kernelPath) tell(dp *fastdp.Datapath) error {
+	st := k.h.gossip.Status()
+	errs := []error{dp.SetSelf(k.h.self, st.Self.ShortID)}
+	if st.Self.ShortID != 0 && st.Self.ShortID != k.shared {
+		err := saveShortID(k.h.state, st.Self.ShortID)
+		if err == nil {
+			k.shared = st.Self.ShortID
+		}
+		errs = append(errs, err)
+	}
+	errs = append(errs, dp.SetPeers(k.peers(st)), dp.SetEndpoints(k.h.records.Endpoints()), k.ports(dp))
+	return errors.Join(errs...)
+}
+
+// peers is every other peer with its short id and the way to it.
+func (k *kernelPath) peers(st gossip.Status) []fastdp.Peer {
+	addrs := map[mesh.PeerName]netip.Addr{}
+	for _, c := range st.Connections {
+		if ap, err := netip.ParseAddrPort(c.Address); err == nil && (c.State == gossip.StateEstablished || c.State == gossip.StatePending) {
+			addrs[c.Peer] = ap.Addr().Unmap()
+		}
+	}
+	via := map[mesh.PeerName]mesh.PeerName{}
+	for _, r := range st.Routes {
+		via[r.Dst] = r.Via
+	}
+	var peers []fastdp.Peer
+	for _, p := range st.Peers {
+		if p.Name == k.h.self {
+			continue
+		}
+		f := fastdp.Peer{Name: p.Name, ID: p.ShortID, Addr: addrs[p.Name]}
+		if v := via[p.Name]; v != p.Name {
+			f.Via = v
+		}
+		if p.Flags&router.FlagKernel == 0 {
+			f.Refuse = "it has no kernel path"
+		}
+		peers = append(peers, f)
+	}
+	return peers
+}
+
+// ports attaches the kernel path to the host ends of our ports, and to foreign ports without a guard.
+func (k *kernelPath) ports(dp *fastdp.Datapath) error {
+	have, err := k.h.host.Ports()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	want := map[int]bool{}
+	for _, p := range have {
+		if p.Index == 0 || p.MAC.IsZero() {
+			continue // half made or half gone
+		}
+		want[p.Index] = true
+		errs = append(errs, dp.AttachPort(fastdp.Port{Index: p.Index, MAC: p.MAC, Addrs: p.Addrs}))
+	}
+	for _, p := range dp.Ports() {
+		if !want[p.Index] {
+			errs = append(errs, dp.DetachPort(p.Index))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// status is the state of the kernel path to each peer.
+func (k *kernelPath) status() map[mesh.PeerName]fastdp.PathStatus {
+	dp := k.dp.Load()
+	if dp == nil {
+		return nil
+	}
+	out := map[mesh.PeerName]fastdp.PathStatus{}
+	for _, p := range dp.Paths() {
+		out[p.Peer] = p
+	}
+	return out
+}
+
+func (k *kernelPath) close() error {
+	if dp := k.dp.Load(); dp != nil {
+		return dp.Close()
+	}
+	return nil
+}
+
+// resetKernelPath removes every trace of the kernel path.
+func resetKernelPath(cfg fastdp.Config) error {
+	if err := fastdp.Remove(cfg); err != nil && !errors.Is(err, fastdp.ErrNotSupported) {
+		return err
+	}
+	return nil
+}
