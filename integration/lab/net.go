@@ -68,3 +68,8 @@ func (l *Lab) inRouter(ctx context.Context, input string, args ...string) error 
 	}
 	return nil
 }
+
+// RouteTo has the router send a foreign prefix to one of the hosts, as a gateway with a static route.
+func (l *Lab) RouteTo(ctx context.Context, prefix string, h *Host) error {
+	return l.inRouter(ctx, "", "ip", "route", "replace", prefix, "via", h.Addr.String())
+}
