@@ -37,7 +37,7 @@ type track struct {
 	mtu       pmtu
 	out       map[uint32]sentProbe
 	nextID    uint32
-	lastProbe time.Time // sent or received
+	lastProbe time.Time // last heartbeat sent
 	theirMTU  int       // what the peer says of the other direction, 0 unknown
 	busy      time.Time // last large datagram sent
 }
@@ -197,7 +197,7 @@ func (t *Tunnel) tickLink(p *peer, now time.Time) {
 	if k == nil {
 		return
 	}
-	sizes := l.mtu.tick(now, l.rtt.timeout(), now.Sub(l.busy) < busyFor, p.heardDirect.Load() > t.since(l.mtu.sent))
+	sizes := l.mtu.tick(now, l.rtt.timeout(), now.Sub(l.busy) < busyFor, now.Add(-silent))
 	every := heartbeatEvery
 	if silent > heartbeatLate || !l.answered || l.mtu.verifies > 1 {
 		every = heartbeatFast
@@ -230,7 +230,9 @@ func (t *Tunnel) sendProbe(p *peer, tr *track, k *keys, to origin, size int, now
 		return
 	}
 	tr.out[tr.nextID] = sentProbe{len(datagram), now}
-	tr.lastProbe = now
+	if size == 0 { // a large one may fail for its size alone and is no heartbeat
+		tr.lastProbe = now
+	}
 	if to.relayed {
 		t.sendRelayed(p.name, datagram)
 		return

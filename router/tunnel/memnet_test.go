@@ -43,6 +43,7 @@ func newMemNet(seed uint64) *memNet {
 
 type memPacket struct {
 	b    []byte
+	size int // of each datagram in b but the last, 0: there is one
 	from netip.AddrPort
 }
 
@@ -80,7 +81,7 @@ func (c *memConn) ReadBatch(batch []Datagrams) (int, error) {
 	case p := <-c.in:
 		i := 0
 		for {
-			batch[i].N, batch[i].Size, batch[i].Addr = copy(batch[i].Buf, p.b), 0, p.from
+			batch[i].N, batch[i].Size, batch[i].Addr = copy(batch[i].Buf, p.b), p.size, p.from
 			if i++; i == len(batch) {
 				return i, nil
 			}
@@ -102,6 +103,8 @@ func (c *memConn) Write(b []byte, size int, to netip.AddrPort, _ bool) error {
 	n := c.n
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	var together []byte
+	var receiver *memConn
 	for len(b) > 0 {
 		d := append([]byte(nil), b[:min(size, len(b))]...)
 		b = b[len(d):]
@@ -119,25 +122,36 @@ func (c *memConn) Write(b []byte, size int, to netip.AddrPort, _ bool) error {
 			if n.chance(n.loss) == 1 || d[0] <= typeHello3 && n.chance(n.loseHello) == 1 {
 				continue
 			}
-			delay := n.delay
-			if n.jitter > 0 {
-				delay += time.Duration(n.rng.Int64N(int64(n.jitter)))
-			}
 			n.carried++
-			if at := time.Now().Add(delay); n.jitter == 0 && !at.After(n.last) {
-				delay = n.last.Sub(time.Now()) + 1
+			p := memPacket{d, 0, c.addr}
+			if n.jitter > 0 {
+				time.AfterFunc(n.delay+time.Duration(n.rng.Int64N(int64(n.jitter))), func() { dst.put(p) })
+			} else { // as UDP_GRO would deliver it
+				together = append(together, d...)
+				receiver = dst
 			}
-			n.last = time.Now().Add(delay)
-			p := memPacket{d, c.addr}
-			time.AfterFunc(delay, func() {
-				select {
-				case dst.in <- p:
-				default:
-				}
-			})
 		}
 	}
+	if len(together) == 0 {
+		return nil
+	}
+	delay := n.delay
+	if at := time.Now().Add(delay); !at.After(n.last) {
+		delay = n.last.Sub(time.Now()) + 1
+	}
+	n.last = time.Now().Add(delay)
+	time.AfterFunc(delay, func() {
+		receiver.put(memPacket{together, size, c.addr})
+	})
 	return nil
+}
+
+// put queues a datagram, or loses it when the queue is full.
+func (c *memConn) put(p memPacket) {
+	select {
+	case c.in <- p:
+	default:
+	}
 }
 
 func (n *memNet) chance(p float64) int {

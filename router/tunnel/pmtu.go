@@ -22,6 +22,7 @@ type pmtu struct {
 	sent   time.Time // of the last volley or verification
 
 	verifies int       // sent in a row without an answer
+	began    time.Time // the first of them
 	verified time.Time // last answer at mtu
 	nextUp   time.Time // next search upwards
 }
@@ -68,8 +69,8 @@ func (p *pmtu) spread() []trial {
 }
 
 // tick says which sizes to probe now. timeout is how long an answer may take, busy whether large
-// datagrams are being sent, alive whether the peer answered anything since the last verification.
-func (p *pmtu) tick(now time.Time, timeout time.Duration, busy, alive bool) []int {
+// datagrams are being sent, heard when the peer was last heard of on this path.
+func (p *pmtu) tick(now time.Time, timeout time.Duration, busy bool, heard time.Time) []int {
 	if p.searching() {
 		if p.tries > 0 && now.Sub(p.sent) < timeout {
 			return nil
@@ -98,9 +99,9 @@ func (p *pmtu) tick(now time.Time, timeout time.Duration, busy, alive bool) []in
 			p.verifies++
 			p.sent = now
 			return []int{p.mtu}
-		case alive:
+		case heard.After(p.began):
 			p.search(minDatagram, p.mtu+1, now) // may be back at once if it was loss after all
-			return p.tick(now, timeout, busy, alive)
+			return p.tick(now, timeout, busy, heard)
 		}
 		p.verifies = 0 // nothing at all comes back: not a matter of size
 	}
@@ -109,12 +110,12 @@ func (p *pmtu) tick(now time.Time, timeout time.Duration, busy, alive bool) []in
 		every = verifyBusy
 	}
 	if now.Sub(p.verified) >= every && now.Sub(p.sent) >= every {
-		p.verifies, p.sent = 1, now
+		p.verifies, p.sent, p.began = 1, now, now
 		return []int{p.mtu}
 	}
 	if p.mtu < p.ceiling && !now.Before(p.nextUp) {
 		p.search(p.mtu, p.ceiling+1, now)
-		return p.tick(now, timeout, busy, alive)
+		return p.tick(now, timeout, busy, heard)
 	}
 	return nil
 }
@@ -127,7 +128,6 @@ func (p *pmtu) narrow(now time.Time) {
 		}
 	}
 	p.mtu, p.proven = p.lo, true
-	p.verified = now
 	if p.hi-p.lo <= searchStep {
 		p.volley = nil
 		return

@@ -26,7 +26,7 @@ func (s *pathSim) run(d time.Duration, busy bool, until func() bool) time.Durati
 	const step, delay = 50 * time.Millisecond, 10 * time.Millisecond
 	start := s.now
 	for s.now.Sub(start) < d && (until == nil || !until()) {
-		for _, size := range s.p.tick(s.now, 100*time.Millisecond, busy, true) {
+		for _, size := range s.p.tick(s.now, 100*time.Millisecond, busy, s.now) {
 			s.sent++
 			if size <= s.size && s.rng.Float64() >= s.loss {
 				s.p.answered(size, s.now.Add(delay))
@@ -114,7 +114,7 @@ func TestPMTUSillyValues(t *testing.T) {
 		p.setCeiling(v, now)
 		for range 100 {
 			now = now.Add(time.Second)
-			for _, size := range p.tick(now, time.Second, true, true) {
+			for _, size := range p.tick(now, time.Second, true, now) {
 				if size < minDatagram || size > maxDatagram {
 					t.Errorf("value %d: probes %d", v, size)
 				}

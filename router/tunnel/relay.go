@@ -44,7 +44,7 @@ func (t *Tunnel) tickRelay(p *peer, now time.Time) {
 	if p.big.Swap(false) {
 		r.busy = now
 	}
-	sizes := r.mtu.tick(now, r.rtt.timeout(), now.Sub(r.busy) < busyFor, p.heard.Load() > t.since(r.mtu.sent))
+	sizes := r.mtu.tick(now, r.rtt.timeout(), now.Sub(r.busy) < busyFor, t.epoch.Add(time.Duration(p.heard.Load())))
 	to := origin{relayed: true, src: p.name}
 	if now.Sub(r.lastProbe) >= heartbeatEvery || r.mtu.verifies > 1 {
 		t.sendProbe(p, &r.track, k, to, 0, now)

@@ -44,6 +44,10 @@ func (t *Tunnel) sendBody(dst mesh.PeerName, body []byte) {
 
 // sendRoute sends a body over r, a message in parts where the path is too narrow for it.
 func (t *Tunnel) sendRoute(r *route, body []byte) {
+	if body[0] < kindMessage { // a frame that waited for the session
+		r.peer.stats.framesOut.Add(1)
+		r.peer.stats.bytesOut.Add(uint64(len(body) - frameLenLen))
+	}
 	room := r.mtu - dataHeaderLen - sealLen
 	if len(body) <= room || body[0] != kindMessage {
 		t.writeBody(r, body)
