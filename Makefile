@@ -23,7 +23,7 @@ help:
 	@echo 'make integration  the tests with real daemons and dockerds'
 	@echo 'make test-long    make test with long simulations, larger volumes, races and fuzzing'
 	@echo 'make race, make fuzz'
-	@echo 'make bench        benchmarks; make bench-quick runs each for a moment'
+	@echo 'make bench        the mesh measured beside other networks; make bench-quick, each for a moment (root)'
 	@echo 'make check        format, vet, staticcheck, import directions, generated files'
 	@echo 'make generate     generated files anew (needs clang and llvm)'
 	@echo 'make deps         Debian packages that are missing'
@@ -78,10 +78,13 @@ fuzz:
 	  done; \
 	done
 
-bench:
+# The mesh beside other ways to carry frames, in one run and in turns, then each room's own benchmarks.
+bench: need-root deps build
+	set -x; $(GO) run ./integration/bench -bin bin -out docs
 	set -x; $(GO) test -run '^$$' -bench . -benchmem -count 3 -timeout 60m $$($(GO) list ./... | grep -v '^meshd/integration')
 
-bench-quick:
+bench-quick: need-root deps build
+	set -x; $(GO) run ./integration/bench -bin bin -rounds 1 -length 500ms
 	set -x; $(GO) test -run '^$$' -bench . -benchmem -benchtime 100ms -timeout 20m $$($(GO) list ./... | grep -v '^meshd/integration')
 
 check:
