@@ -124,9 +124,9 @@ func newLogger(w io.Writer, cfg LogConfig) *slog.Logger {
 	}
 	opts := &slog.HandlerOptions{Level: level}
 	if cfg.JSON {
-		return slog.New(slog.NewJSONHandler(w, opts))
+		return slog.New(limitLog(slog.NewJSONHandler(w, opts)))
 	}
-	return slog.New(slog.NewTextHandler(w, opts))
+	return slog.New(limitLog(slog.NewTextHandler(w, opts)))
 }
 
 // logOptions logs every option with its value in force. None of them is a secret.

@@ -191,6 +191,8 @@ func TestWrongOptions(t *testing.T) {
 		{"--docker-api unix://x/y", "--docker-api:"},
 		{"-H host", `--proxy-listen: "tcp://host" has no port`},
 		{"-H /var/run/docker.sock", "--proxy-listen: unix:///var/run/docker.sock is Docker's own endpoint"},
+		{"-H :12375 --tls", "--proxy-listen: tcp://0.0.0.0:12375: who reaches Docker's API is root"},
+		{"-H tcp://192.0.2.1:12375 --no-detect-tls", "--proxy-listen: tcp://192.0.2.1:12375: who reaches"},
 		{"--hostname-match (", "--hostname-match:"},
 		{"--tlscert /c", "--tlscert: --tlscert and --tlskey belong together"},
 		{"--tlsverify --tlscert /c --tlskey /k", "--tlsverify: needs --tlscacert"},

@@ -379,7 +379,23 @@ func (v *validator) docker(o *options, runDir string) DockerConfig {
 	if p.TLSVerify && p.TLS.CACert == "" && p.TLS.Cert != "" {
 		v.fail("tlsverify", errors.New("needs --tlscacert"))
 	}
+	for _, e := range p.Listen {
+		// Without --no-detect-tls the files of dockerd may still come to help; the proxy looks when it listens.
+		if !p.TLSVerify && (p.TLSOn || p.NoDetectTLS) && !local(e) {
+			v.fail("proxy-listen", fmt.Errorf("%s: who reaches Docker's API is root on this host: give --tlsverify with certificates, or a loopback address", e))
+		}
+	}
 	return c
+}
+
+// local reports whether an endpoint can be reached from this host only.
+func local(endpoint string) bool {
+	host, ok := strings.CutPrefix(endpoint, "tcp://")
+	if !ok {
+		return true
+	}
+	ap, err := netip.ParseAddrPort(host)
+	return err == nil && ap.Addr().IsLoopback()
 }
 
 // parseEndpoint reads unix:///path, /path, tcp://host:port, host:port and :port.
