@@ -225,8 +225,8 @@ func (t *Tunnel) onHello2(ev event, now time.Time) {
 		t.fail(a, err, now)
 		return
 	}
-	t.sendTo(a.to, hello3)
 	if refusal != nil {
+		t.sendTo(a.to, hello3)
 		t.sendWith(k, a.to, appendClose(nil, closeRefused, refusal.Error()))
 		t.logRefusal(theirs.hello, a.to, refusal)
 		t.fail(a, refusal, now)
@@ -241,7 +241,8 @@ func (t *Tunnel) onHello2(ev event, now time.Time) {
 		a.peer, p.attempt = p, a
 	}
 	a.keys = k
-	t.addKeys(p, k, now)
+	t.addKeys(p, k, now) // before the other end can use them
+	t.sendTo(a.to, hello3)
 }
 
 // onConfirmed ends a handshake of ours: the other end has sealed something with its keys.

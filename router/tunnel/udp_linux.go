@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"unsafe"
@@ -26,6 +28,8 @@ type udpConn struct {
 	gso   atomic.Bool // off for good once the kernel refused it
 	gro   bool
 
+	scoutMu        sync.Mutex // guards what the scouts are connected to
+	scout4, scout6 *os.File   // for PathMTU
 	// Owned by the reader.
 	msgs  []mmsg
 	iovs  []unix.Iovec
@@ -82,6 +86,7 @@ func listenUDP(addr netip.AddrPort) (*udpConn, error) {
 		return nil, errors.Join(err, sockErr)
 	}
 	c.read = c.recvmmsg
+	c.scout4, c.scout6 = openScout(unix.AF_INET), openScout(unix.AF_INET6)
 	return c, nil
 }
 
@@ -113,7 +118,19 @@ func (c *udpConn) setup(fd int) error {
 }
 
 func (c *udpConn) LocalAddr() netip.AddrPort { return c.local }
-func (c *udpConn) Close() error              { return c.conn.Close() }
+
+// Close may be called twice.
+func (c *udpConn) Close() error {
+	for _, s := range []*os.File{c.scout4, c.scout6} {
+		if s != nil {
+			s.Close()
+		}
+	}
+	if err := c.conn.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+		return err
+	}
+	return nil
+}
 
 // ReadBatch implements Conn with recvmmsg(2).
 func (c *udpConn) ReadBatch(batch []Datagrams) (int, error) {
@@ -334,30 +351,49 @@ func (c *udpConn) sockaddr(sa *unix.RawSockaddrInet6, to netip.AddrPort) (uint32
 // PathMTU asks the kernel which interface leads to an address, by connecting a socket that sends nothing.
 func (c *udpConn) PathMTU(to netip.Addr) int {
 	to = to.Unmap()
-	domain, level, opt := unix.AF_INET6, unix.IPPROTO_IPV6, unix.IPV6_MTU
-	var sa unix.Sockaddr
+	var sa unix.Sockaddr = &unix.SockaddrInet6{Port: DefaultPort, Addr: to.As16(), ZoneId: scopeOf(to.Zone())}
+	s := c.scout6
+	level, opt := unix.IPPROTO_IPV6, unix.IPV6_MTU
 	if to.Is4() {
-		domain, level, opt = unix.AF_INET, unix.IPPROTO_IP, unix.IP_MTU
+		s, level, opt = c.scout4, unix.IPPROTO_IP, unix.IP_MTU
 		sa = &unix.SockaddrInet4{Port: DefaultPort, Addr: to.As4()}
-	} else {
-		sa = &unix.SockaddrInet6{Port: DefaultPort, Addr: to.As16(), ZoneId: scopeOf(to.Zone())}
 	}
-	fd, err := unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if s == nil {
+		return 0
+	}
+	c.scoutMu.Lock()
+	defer c.scoutMu.Unlock()
+	raw, err := s.SyscallConn()
 	if err != nil {
 		return 0
 	}
-	defer unix.Close(fd)
-	if domain == unix.AF_INET {
-		unix.SetsockoptInt(fd, level, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE)
-	} else {
-		unix.SetsockoptInt(fd, level, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_PROBE)
-	}
-	if unix.Connect(fd, sa) != nil {
-		return 0
-	}
-	mtu, err := unix.GetsockoptInt(fd, level, opt)
+	mtu := 0
+	raw.Control(func(fd uintptr) {
+		if unix.Connect(int(fd), sa) == nil {
+			mtu, err = unix.GetsockoptInt(int(fd), level, opt)
+		}
+	})
 	if err != nil {
 		return 0
 	}
 	return mtu
+}
+
+// openScout makes a socket for PathMTU, nil if the system lacks the address family. It stays open so
+// that it belongs to the network namespace in which the tunnel was started.
+func openScout(domain int) *os.File {
+	fd, err := unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return nil
+	}
+	if domain == unix.AF_INET {
+		err = unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE)
+	} else {
+		err = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_PROBE)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return nil
+	}
+	return os.NewFile(uintptr(fd), "scout")
 }
