@@ -10,6 +10,7 @@ const (
 	ChanNames     Channel = 4 // deltas of endpoints and names
 	ChanAddresses Channel = 5 // requests for address space, from one peer to another
 	ChanSync      Channel = 6 // digests of the replicated tables
+	ChanBundle    Channel = 7 // several messages in one
 )
 
 // MaxMessage is the largest message between peers, in bytes with its channel: it fits a datagram on

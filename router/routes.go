@@ -118,6 +118,13 @@ func (t *Topology) graph() *graph {
 			nodes = append(nodes, node{name, e.livePages()})
 		}
 	}
+	for _, page := range t.links {
+		for _, l := range page { // a neighbour is reached before we have heard what it says of itself
+			if e := t.peers[l.To]; e == nil || e.base == nil {
+				nodes = append(nodes, node{name: l.To})
+			}
+		}
+	}
 	t.mu.Unlock()
 
 	slices.SortFunc(nodes, func(a, b node) int { return a.name.Compare(b.name) })

@@ -446,9 +446,15 @@ type StateChange struct {
 	State PeerState
 }
 
-// Reach notes which peers can be reached now, forgets those that could not for as long as gone says, and
-// returns whose state changed, by name. A peer is first reported when its own record is known.
-func (t *Topology) Reach(now time.Time, gone time.Duration, reachable func(mesh.PeerName) bool) (out []StateChange) {
+// Patience says how long a peer may be unreachable.
+type Patience struct {
+	Suspect time.Duration // before it is suspected: a link that is replaced makes no noise
+	Gone    time.Duration // before it is forgotten
+}
+
+// Reach notes which peers can be reached now, forgets those that could not for too long, and returns
+// whose state changed, by name. A peer is first reported when its own record is known.
+func (t *Topology) Reach(now time.Time, limit Patience, reachable func(mesh.PeerName) bool) (out []StateChange) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.started.IsZero() {
@@ -459,15 +465,18 @@ func (t *Topology) Reach(now time.Time, gone time.Duration, reachable func(mesh.
 		if name == t.self {
 			continue
 		}
-		state := Suspect
+		state := Alive
 		if reachable(name) {
-			state, e.down, e.hidden = Alive, time.Time{}, false
+			e.down, e.hidden = time.Time{}, false
 		} else {
 			if e.down.IsZero() {
 				e.down = now
 			}
-			e.hidden = now.Sub(e.down) > gone/2
-			if now.Sub(e.down) > gone {
+			e.hidden = now.Sub(e.down) > limit.Gone/2
+			if !e.known || now.Sub(e.down) >= limit.Suspect {
+				state = Suspect
+			}
+			if now.Sub(e.down) > limit.Gone {
 				state = Gone
 				if e.base != nil {
 					delete(t.byKey, e.base.id.key())
@@ -517,4 +526,18 @@ func (t *Topology) drawShortIDLocked() {
 			return
 		}
 	}
+}
+
+// Roster lists what all known peers say of themselves, this one included, by name.
+func (t *Topology) Roster() []Peer {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	out := make([]Peer, 0, len(t.peers))
+	for _, e := range t.peers {
+		if e.base != nil {
+			out = append(out, e.base.peer)
+		}
+	}
+	slices.SortFunc(out, func(a, b Peer) int { return a.Name.Compare(b.Name) })
+	return out
 }

@@ -121,9 +121,9 @@ func TestSecondOfTwoClonesGivesWay(t *testing.T) {
 	p.Run = 5000
 	second := NewTopology(p)
 	nobody := func(mesh.PeerName) bool { return false }
-	first.Reach(t0, time.Hour, nobody)
-	first.Reach(t0.Add(time.Minute), time.Hour, nobody)
-	second.Reach(t0.Add(time.Minute), time.Hour, nobody)
+	first.Reach(t0, Patience{0, time.Hour}, nobody)
+	first.Reach(t0.Add(time.Minute), Patience{0, time.Hour}, nobody)
+	second.Reach(t0.Add(time.Minute), Patience{0, time.Hour}, nobody)
 	merge(t, world, all(second))
 	for range 10 {
 		merge(t, world, merge(t, second, all(world)))
@@ -174,7 +174,7 @@ func TestUnreachablePeersAreSuspectedThenForgotten(t *testing.T) {
 	merge(t, a, delta)
 	up := true
 	reach := func(now time.Time) []StateChange {
-		return a.Reach(now, time.Hour, func(mesh.PeerName) bool { return up })
+		return a.Reach(now, Patience{0, time.Hour}, func(mesh.PeerName) bool { return up })
 	}
 	check := func(got []StateChange, want ...PeerState) {
 		t.Helper()
@@ -383,6 +383,11 @@ func TestOneSidedLinksDoNotCount(t *testing.T) {
 	}
 	if _, ok := r.NextHop(pn(3)); ok {
 		t.Error("a link counts that only one end reports")
+	}
+	fresh := NewTopology(newPeer(4))
+	fresh.SetLinks([]PeerLink{linkTo(1, time.Millisecond)})
+	if via, ok := fresh.Routes().NextHop(pn(1)); !ok || via != pn(1) {
+		t.Error("a neighbour that has not said anything yet is not reached")
 	}
 	if len(c.Routes().All()) != 0 {
 		t.Error("a link counts that we do not have ourselves")

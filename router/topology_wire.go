@@ -52,7 +52,7 @@ const (
 	linkBody6    = 6 + 1 + 1 + 2 + 1 + 16 + 2
 	linksPerPage = 32
 	maxPages     = 255
-	maxBody      = mesh.MaxMessage - 1 - recordHeader
+	maxBody      = mesh.MaxMessage - 8 - recordHeader // 8: headers of those who carry it
 )
 
 const (

@@ -1,0 +1,139 @@
+package gossip
+
+import (
+	"slices"
+	"time"
+
+	"meshd/mesh"
+	"meshd/router"
+)
+
+// A link that went down is damped when it comes back: published as unsteady, and so the last choice, for
+// dampFirst after the first time and twice as long after each further one, up to dampMost. A minute of
+// steady life makes up for one fall. A link to another run of the peer starts afresh: that was a restart.
+const (
+	dampFirst  = 2 * time.Second
+	dampMost   = time.Minute
+	steadyTime = time.Minute
+)
+
+// Published round trips change when the measured one is off by half and by rttStep, and at most once in
+// rttPause: every change travels to every peer.
+const (
+	rttStep  = 2 * time.Millisecond
+	rttPause = 30 * time.Second
+)
+
+// linkBook holds this peer's live links and what is published about them.
+type linkBook struct {
+	live map[mesh.PeerName]*liveLink
+	past map[mesh.PeerName]*linkPast
+}
+
+type liveLink struct {
+	link      router.Link
+	since     time.Time
+	steadyAt  time.Time // damped until then
+	published router.PeerLink
+	rttAt     time.Time // when the published round trip was set
+}
+
+// linkPast is what is remembered of a peer's links.
+type linkPast struct {
+	run   mesh.RunID
+	falls int
+	down  time.Time
+}
+
+const maxPast = 4096
+
+func newLinkBook() *linkBook {
+	return &linkBook{live: map[mesh.PeerName]*liveLink{}, past: map[mesh.PeerName]*linkPast{}}
+}
+
+// up notes a live link, or that one was replaced by another to the same peer.
+func (b *linkBook) up(l router.Link, now time.Time) {
+	ll := &liveLink{link: l, since: now}
+	name := l.Peer.Name
+	if old := b.live[name]; old != nil && old.link.Peer.Run == l.Peer.Run {
+		ll.since, ll.steadyAt = old.since, old.steadyAt
+	} else if past := b.past[name]; past != nil && past.run == l.Peer.Run && past.falls > 0 {
+		ll.steadyAt = now.Add(min(dampFirst<<min(past.falls-1, 10), dampMost))
+	}
+	b.live[name] = ll
+	b.publish(ll, now)
+}
+
+func (b *linkBook) changed(l router.Link, now time.Time) {
+	if ll := b.live[l.Peer.Name]; ll != nil {
+		ll.link = l
+	} else {
+		b.up(l, now)
+	}
+}
+
+// down notes the end of a link and returns how long it had lived.
+func (b *linkBook) down(name mesh.PeerName, now time.Time) time.Duration {
+	ll := b.live[name]
+	if ll == nil {
+		return 0
+	}
+	delete(b.live, name)
+	past := b.past[name]
+	if past == nil || past.run != ll.link.Peer.Run {
+		b.forgetOldest()
+		past = &linkPast{run: ll.link.Peer.Run}
+		b.past[name] = past
+	}
+	lived := now.Sub(ll.since)
+	past.falls = max(past.falls-int(lived/steadyTime), 0) + 1
+	past.down = now
+	return lived
+}
+
+func (b *linkBook) forgetOldest() {
+	if len(b.past) < maxPast {
+		return
+	}
+	var oldest mesh.PeerName
+	for name, p := range b.past {
+		if oldest.IsZero() || p.down.Before(b.past[oldest].down) {
+			oldest = name
+		}
+	}
+	delete(b.past, oldest)
+}
+
+func (b *linkBook) publish(ll *liveLink, now time.Time) {
+	l := &ll.link
+	p := router.PeerLink{
+		To: l.Peer.Name, Addr: l.Addr, RTT: ll.published.RTT, MTU: l.MTU,
+		Outbound: l.Outbound, Sealed: l.Sealed, Damped: now.Before(ll.steadyAt),
+	}
+	off := max(p.RTT-l.RTT, l.RTT-p.RTT)
+	if ll.rttAt.IsZero() || off >= rttStep && off >= p.RTT/2 && now.Sub(ll.rttAt) >= rttPause {
+		p.RTT, ll.rttAt = router.RoundRTT(l.RTT), now
+	}
+	ll.published = p
+}
+
+// links is what is to be published now, by name.
+func (b *linkBook) links(now time.Time) []router.PeerLink {
+	out := make([]router.PeerLink, 0, len(b.live))
+	for _, ll := range b.live {
+		b.publish(ll, now)
+		out = append(out, ll.published)
+	}
+	slices.SortFunc(out, func(x, y router.PeerLink) int { return x.To.Compare(y.To) })
+	return out
+}
+
+// settles reports whether a link stops being damped between the two times.
+func (b *linkBook) settles(last, now time.Time) bool {
+	for _, ll := range b.live {
+		if ll.steadyAt.After(last) && !ll.steadyAt.After(now) {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,443 @@
+package gossip_test
+
+import (
+	"flag"
+	"fmt"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"meshd/mesh"
+	"meshd/router"
+	"meshd/router/gossip"
+	"meshd/router/gossip/simnet"
+)
+
+var (
+	seedFlag  = flag.Uint64("seed", 0, "seed of the simulations; 0: a few fixed ones")
+	peersFlag = flag.Int("peers", 0, "run TestScale with so many peers")
+)
+
+// seeds runs a simulation in a bubble of its own for every seed.
+func seeds(t *testing.T, n int, run func(t *testing.T, seed uint64)) {
+	if *seedFlag != 0 {
+		synctest.Test(t, func(t *testing.T) { run(t, *seedFlag) })
+		return
+	}
+	if testing.Short() {
+		n = 1
+	}
+	for seed := range n {
+		t.Run(fmt.Sprint("seed=", seed+1), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) { run(t, uint64(seed+1)) })
+		})
+	}
+}
+
+func fullMesh(c *simnet.Cluster) func() error {
+	return func() error { return simnet.FullMesh(c.Peers) }
+}
+
+func TestJoin(t *testing.T) {
+	seeds(t, 3, func(t *testing.T, seed uint64) {
+		c := simnet.NewCluster(t, simnet.Options{Seed: seed})
+		defer c.Stop()
+		c.StartAll(10)
+		t.Log("10 peers from one target to full mesh:", c.Until("full mesh", 5*time.Second, fullMesh(c)))
+	})
+}
+
+// A cluster is cut in half, lives on in halves, and must be whole again within 30 s.
+func TestPartition(t *testing.T) {
+	seeds(t, 4, func(t *testing.T, seed uint64) {
+		const n = 25
+		c := simnet.NewCluster(t, simnet.Options{Seed: seed})
+		defer c.Stop()
+		c.StartAll(n)
+		t.Log("join:", c.Until("full mesh", 10*time.Second, fullMesh(c)))
+		time.Sleep(30 * time.Second)
+		for _, cut := range []time.Duration{5 * time.Second, 45 * time.Second, 10 * time.Minute} {
+			half := n / 2
+			c.Net.Split(c.Hosts(0, half), c.Hosts(half, n))
+			time.Sleep(cut)
+			if cut > 10*time.Second {
+				for _, group := range [][]*simnet.Peer{c.Peers[:half], c.Peers[half:]} {
+					if err := separate(group); err != nil {
+						t.Errorf("cut for %v: %v", cut, err)
+					}
+				}
+			}
+			c.Net.HealAll()
+			t.Logf("cut for %v: whole after %v", cut, c.Until(fmt.Sprint("whole after ", cut), 30*time.Second, func() error { return simnet.Whole(c.Peers) }))
+			c.Until("full mesh", 30*time.Second, fullMesh(c))
+			time.Sleep(20 * time.Second)
+		}
+		t.Logf("%+v", c.Net.Stats())
+	})
+}
+
+// separate checks that a group reaches itself and nobody else.
+func separate(group []*simnet.Peer) error {
+	for _, p := range group {
+		if got := len(p.Node.Routes().Load().Reachable()); got != len(group)-1 {
+			return fmt.Errorf("%v reaches %d peers of its half of %d", p.Name, got, len(group))
+		}
+	}
+	return nil
+}
+
+// Three in a row: the ends never reach each other directly.
+func TestRow(t *testing.T) {
+	seeds(t, 2, func(t *testing.T, seed uint64) {
+		c := simnet.NewCluster(t, simnet.Options{
+			Seed: seed, Config: func(_ int, cfg *gossip.Config) { cfg.NoDiscovery = true },
+		})
+		defer c.Stop()
+		c.Start(0)
+		c.Start(1, 0)
+		c.Start(2, 1)
+		c.Until("whole", 5*time.Second, func() error { return simnet.Whole(c.Peers) })
+		r, _ := c.Peers[0].Node.Routes().Load().Route(c.Peers[2].Name)
+		if r.Via != c.Peers[1].Name || r.Hops != 2 || r.Why != "no direct link" {
+			t.Errorf("got %+v", r)
+		}
+		time.Sleep(5 * time.Minute)
+		if err := simnet.Whole(c.Peers); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Datagrams are lost one way between two of three: each finds the relay within 5 s and gives it up within
+// 5 s of the path's return.
+func TestOneWayLoss(t *testing.T) {
+	seeds(t, 3, func(t *testing.T, seed uint64) {
+		c := simnet.NewCluster(t, simnet.Options{Seed: seed})
+		defer c.Stop()
+		c.StartAll(3)
+		c.Until("full mesh", 5*time.Second, fullMesh(c))
+		time.Sleep(time.Minute)
+		for range 3 {
+			c.Net.CutOneWay(c.Peers[1].Host, c.Peers[2].Host)
+			found := c.Until("relay", 5*time.Second, func() error {
+				for _, ends := range [2][2]int{{1, 2}, {2, 1}} {
+					if r, ok := c.Peers[ends[0]].Node.Routes().Load().Route(c.Peers[ends[1]].Name); !ok || r.Hops != 2 {
+						return fmt.Errorf("%d to %d: %+v", ends[0], ends[1], r)
+					}
+				}
+				return nil
+			})
+			time.Sleep(time.Minute)
+			c.Net.HealAll()
+			t.Log("relay found after", found, "given up after", c.Until("direct again", 5*time.Second, fullMesh(c)))
+			time.Sleep(2 * time.Minute)
+		}
+	})
+}
+
+// A link that comes and goes must not take the routes along each time.
+func TestFlappingLink(t *testing.T) {
+	for _, period := range []time.Duration{time.Second, 5 * time.Second, 20 * time.Second, 15 * time.Minute} {
+		t.Run(period.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := simnet.NewCluster(t, simnet.Options{Seed: 5})
+				defer c.Stop()
+				c.StartAll(4)
+				c.Until("full mesh", 5*time.Second, fullMesh(c))
+				time.Sleep(time.Minute)
+				a, b := c.Peers[1], c.Peers[2]
+				changes, flaps := 0, 0
+				last, _ := a.Node.Routes().NextHop(b.Name)
+				cycles := 20
+				for range cycles {
+					for _, cut := range []bool{true, false} {
+						if cut {
+							c.Net.Cut(a.Host, b.Host)
+						} else {
+							c.Net.HealAll()
+						}
+						flaps++
+						for end := time.Now().Add(period / 2); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+							via, ok := a.Node.Routes().NextHop(b.Name)
+							if ok && via != last {
+								changes++
+								last = via
+							}
+						}
+					}
+				}
+				t.Logf("%d route changes for %d cuts and heals", changes, flaps)
+				if changes > flaps {
+					t.Errorf("%d route changes for %d cuts and heals", changes, flaps)
+				}
+				if period == 20*time.Second && changes > cycles {
+					t.Errorf("%d route changes in %d periods: damping does not work", changes, cycles)
+				}
+				c.Net.HealAll()
+				c.Until("direct again", 2*time.Minute, fullMesh(c))
+				if s := c.Net.Stats(); s.Loops != 0 {
+					t.Errorf("%d messages went round in circles", s.Loops)
+				}
+			})
+		})
+	}
+}
+
+// kill -9: routes through the dead peer end within its links' 3 s and a little, the others lose nothing,
+// and a restart is taken in at once.
+func TestKillAndRestart(t *testing.T) {
+	seeds(t, 3, func(t *testing.T, seed uint64) {
+		c := simnet.NewCluster(t, simnet.Options{Seed: seed})
+		defer c.Stop()
+		c.StartAll(8)
+		c.Until("full mesh", 10*time.Second, fullMesh(c))
+		time.Sleep(time.Minute)
+		victim := c.Peers[3].Name
+		var events []string
+		c.Peers[0].Node.Subscribe(func(ev gossip.PeerEvent) { events = append(events, fmt.Sprint(ev.Peer == victim, ev.State)) })
+		c.Kill(3)
+		others := append(append([]*simnet.Peer{}, c.Peers[:3]...), c.Peers[4:]...)
+		t.Log("routes withdrawn after", c.Until("withdrawn", 4*time.Second, func() error {
+			for _, p := range others {
+				if via, ok := p.Node.Routes().NextHop(victim); ok {
+					return fmt.Errorf("%v still by %v", p.Name, via)
+				}
+			}
+			return nil
+		}))
+		time.Sleep(30 * time.Second)
+		for _, p := range others {
+			if got := p.Node.Status().Members; got != 7 {
+				t.Errorf("%v: %d members, want 7", p.Name, got)
+			}
+		}
+		c.Start(3, 0)
+		t.Log("full mesh again after", c.Until("full mesh", 5*time.Second, fullMesh(c)))
+		// The same in a hurry: nobody has noticed the death yet.
+		c.Start(3, 0)
+		t.Log("after a quick restart:", c.Until("full mesh", 5*time.Second, fullMesh(c)))
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		if got := fmt.Sprint(events); got != "[true suspect true alive]" {
+			t.Errorf("got events %s", got)
+		}
+	})
+}
+
+// Peers that are gone for good are forgotten by all and stay forgotten.
+func TestGone(t *testing.T) {
+	seeds(t, 1, func(t *testing.T, seed uint64) {
+		c := simnet.NewCluster(t, simnet.Options{
+			Seed: seed, Config: func(_ int, cfg *gossip.Config) { cfg.Gone = 10 * time.Minute },
+		})
+		defer c.Stop()
+		c.StartAll(6)
+		c.Until("full mesh", 10*time.Second, fullMesh(c))
+		gone := 0
+		c.Peers[0].Node.Subscribe(func(ev gossip.PeerEvent) {
+			if ev.State == router.Gone {
+				gone++
+			}
+		})
+		c.Kill(5)
+		time.Sleep(9 * time.Minute)
+		c.Start(4, 0) // learns of the dead one late, if at all
+		time.Sleep(30 * time.Minute)
+		synctest.Wait()
+		for _, p := range c.Peers[:5] {
+			if got := len(p.Node.Topology().Peers()); got != 5 {
+				t.Errorf("%v knows %d peers, want 5", p.Name, got)
+			}
+		}
+		if gone != 1 {
+			t.Errorf("told %d times that somebody is gone", gone)
+		}
+	})
+}
+
+// Loss of one datagram in five and a long way: nobody is suspected.
+func TestLossyNet(t *testing.T) {
+	seeds(t, 2, func(t *testing.T, seed uint64) {
+		c := simnet.NewCluster(t, simnet.Options{Seed: seed})
+		defer c.Stop()
+		c.Net.SetLoss(0.2)
+		c.Net.SetDelay(100*time.Millisecond, 30*time.Millisecond)
+		c.StartAll(8)
+		t.Log("full mesh after", c.Until("full mesh", 30*time.Second, fullMesh(c)))
+		for _, p := range c.Peers {
+			p.Node.Subscribe(func(ev gossip.PeerEvent) {
+				if ev.State != router.Alive {
+					t.Errorf("%v thinks %v %v", p.Name, ev.Peer, ev.State)
+				}
+			})
+		}
+		time.Sleep(30 * time.Minute)
+		if err := simnet.FullMesh(c.Peers); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// A cloned disk: two live peers with one name and key. The one that came later keeps to itself.
+func TestClone(t *testing.T) {
+	seeds(t, 3, func(t *testing.T, seed uint64) {
+		clone := func(i int, cfg *gossip.Config) {
+			if i == 4 {
+				cfg.Self.Name, cfg.Self.Key = simnet.NameOf(1), [32]byte{1, 0, 1}
+			}
+		}
+		c := simnet.NewCluster(t, simnet.Options{Seed: seed, Config: clone})
+		defer c.Stop()
+		c.StartAll(4)
+		c.Until("full mesh", 5*time.Second, fullMesh(c))
+		time.Sleep(time.Minute)
+		c.Start(4, 2)
+		c.Until("conflict noticed", 20*time.Second, func() error {
+			if c.Peers[4].Node.Status().Conflict == "" {
+				return fmt.Errorf("not by the clone")
+			}
+			return nil
+		})
+		c.Until("the others are a full mesh again", 20*time.Second, func() error { return simnet.FullMesh(c.Peers[:4]) })
+		if got := c.Peers[1].Node.Status().Conflict; got != "" {
+			t.Errorf("the first one gives way: %s", got)
+		}
+	})
+}
+
+// A different peer takes the name of a live one: refused, and shown why.
+func TestStolenName(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := simnet.NewCluster(t, simnet.Options{Seed: 1, Config: func(i int, cfg *gossip.Config) {
+			if i == 3 {
+				cfg.Self.Name = simnet.NameOf(1)
+			}
+		}})
+		defer c.Stop()
+		c.StartAll(3)
+		c.Until("full mesh", 5*time.Second, fullMesh(c))
+		thief := c.Start(3, 2)
+		time.Sleep(time.Minute)
+		if n := thief.Host.Links(); n != 0 {
+			// Peer 2 has a link to the one that it knows; the simulated tunnel does not judge keys.
+			t.Logf("%d links", n)
+		}
+		if err := simnet.FullMesh(c.Peers[:3]); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestConnLimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := simnet.NewCluster(t, simnet.Options{Seed: 1, Config: func(_ int, cfg *gossip.Config) { cfg.ConnLimit = 6 }})
+		defer c.Stop()
+		c.StartAll(30)
+		time.Sleep(time.Minute)
+		if err := simnet.Whole(c.Peers); err != nil {
+			t.Error(err)
+		}
+		for i, p := range c.Peers[1:] { // peer 0 is everybody's target
+			if n := p.Host.Links(); n > 8 {
+				t.Errorf("peer %d has %d links", i+1, n)
+			}
+		}
+		if s := c.Net.Stats(); s.Loops != 0 {
+			t.Errorf("%d messages went round in circles", s.Loops)
+		}
+	})
+}
+
+func TestTargetsAndStatus(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := simnet.NewCluster(t, simnet.Options{Seed: 1})
+		defer c.Stop()
+		c.StartAll(2)
+		c.Until("full mesh", 5*time.Second, fullMesh(c))
+		n := c.Peers[1].Node
+		if err := n.Connect([]string{"bad host"}, false); err == nil {
+			t.Error("a target that is no name is taken")
+		}
+		own := c.Peers[1].Host.Addr().String()
+		if err := n.Connect([]string{own, "192.0.9.9"}, false); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(20 * time.Second)
+		states := map[string]string{}
+		for _, conn := range n.Status().Connections {
+			states[conn.Address] = conn.State + " " + conn.Error
+		}
+		for addr, want := range map[string]string{
+			c.Peers[0].Host.Addr().String(): "established ",
+			own:                             "failed this address is this peer itself",
+		} {
+			if states[addr] != want {
+				t.Errorf("%s: got %q, want %q", addr, states[addr], want)
+			}
+		}
+		if s := states["192.0.9.9:6783"]; s != "failed no answer" && s != "retrying no answer" {
+			t.Errorf("a target where nobody is: got %q", s)
+		}
+		if got := fmt.Sprint(n.Targets()); got != "[192.0.0.0 "+own+" 192.0.9.9]" {
+			t.Errorf("got targets %s", got)
+		}
+		n.Forget([]string{own, "192.0.9.9", "192.0.0.0"})
+		if got := n.Targets(); len(got) != 0 {
+			t.Errorf("got targets %v after all were forgotten", got)
+		}
+		if err := simnet.FullMesh(c.Peers); err != nil {
+			t.Errorf("forgetting targets took links: %v", err)
+		}
+	})
+}
+
+// The rooms' tables ride along: an entry put in at one peer is everywhere soon, deltas of any number.
+func TestTables(t *testing.T) {
+	seeds(t, 2, func(t *testing.T, seed uint64) {
+		tables := map[int]*setTable{}
+		c := simnet.NewCluster(t, simnet.Options{Seed: seed, Prepare: func(i int, n *gossip.Node) {
+			tables[i] = newSetTable()
+			n.AddTable(mesh.ChanNames, tables[i])
+		}})
+		defer c.Stop()
+		c.StartAll(20)
+		c.Until("full mesh", 10*time.Second, fullMesh(c))
+		same := func(want int) func() error {
+			return func() error {
+				for i, p := range tables {
+					if got := p.len(); got != want {
+						return fmt.Errorf("peer %d has %d entries of %d", i, got, want)
+					}
+				}
+				return nil
+			}
+		}
+		add := func(i int, entry string) {
+			if err := c.Peers[i].Node.Broadcast(mesh.ChanNames, tables[i].add(entry)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		add(3, "one")
+		t.Log("one change everywhere after", c.Until("one", 2*time.Second, same(1)))
+		for k := range 1000 {
+			add(k%20, fmt.Sprint("entry ", k))
+		}
+		t.Log("a thousand changes everywhere after", c.Until("many", 5*time.Second, same(1001)))
+		// Never broadcast: only digests can find it.
+		for k := range 500 {
+			tables[7].add(fmt.Sprint("silent ", k))
+		}
+		t.Log("500 silent changes everywhere after", c.Until("silent", 15*time.Second, same(1501)))
+		c.Net.Split(c.Hosts(0, 10), c.Hosts(10, 20))
+		time.Sleep(45 * time.Second)
+		for k := range 200 {
+			add(k%20, fmt.Sprint("apart ", k))
+		}
+		time.Sleep(5 * time.Second)
+		c.Net.HealAll()
+		t.Log("after healing", c.Until("healed", 30*time.Second, same(1701)))
+		late := c.Start(20, 5)
+		t.Log("a newcomer has everything after", c.Until("newcomer", 5*time.Second, same(1701)))
+		_ = late
+	})
+}

@@ -1,0 +1,540 @@
+// Package simnet is an underlay in memory, for simulating whole meshes in a testing/synctest bubble. It
+// stands for the tunnel: links between peers with delay and loss, that die three seconds after the path
+// between them is cut in either direction; relaying by the routes that each peer has computed; streams
+// between neighbours. All that is random comes of one seed.
+//
+// One goroutine carries everything, in order of time. Buffers are copied, what exceeds a queue is
+// dropped, and what belongs to a peer that was killed fails.
+package simnet
+
+import (
+	"container/heap"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"meshd/mesh"
+	"meshd/router"
+)
+
+// Handler is who hears of links and messages: a gossip.Node.
+type Handler interface {
+	Link(router.LinkEvent)
+	Message(from mesh.PeerName, msg []byte)
+	Accept(router.Hello, netip.AddrPort) error
+}
+
+const (
+	linkDeath   = 3 * time.Second
+	dialRetry   = time.Second
+	dialTries   = 5
+	maxHops     = 16
+	maxInFlight = 20_000 // messages on their way from one host
+)
+
+var (
+	errClosed  = errors.New("the underlay has ended")
+	errNoRoute = errors.New("no route to the peer")
+	errAnswer  = errors.New("no answer")
+	errLinked  = errors.New("already linked at another address")
+	errSelf    = errors.New("this address is this peer itself")
+	errDead    = errors.New("no longer answering")
+	errSize    = errors.New("message too long")
+)
+
+// Net is a simulated underlay network.
+type Net struct {
+	wake chan struct{}
+
+	mu    sync.Mutex // guards all below and all hosts
+	rng   *rand.Rand
+	queue events
+	seq   uint64
+	hosts map[netip.AddrPort]*Host
+	cut   map[[2]netip.AddrPort]bool // directed
+	loss  float64
+	delay time.Duration
+	vary  time.Duration
+	stats Stats
+}
+
+// Stats counts what happened to messages.
+type Stats struct {
+	Delivered, Lost, NoRoute, Loops, Full uint64
+}
+
+// Host is one peer's access to the net: a gossip.Underlay.
+type Host struct {
+	net     *Net
+	hello   router.Hello
+	addr    netip.AddrPort
+	handler Handler
+	routes  *router.LiveRoutes
+	streams chan net.Conn
+
+	// Guarded by Net.mu.
+	dead     bool
+	links    map[mesh.PeerName]*link
+	inFlight int
+	Sent     uint64 // bytes, relayed ones included
+	Received uint64
+}
+
+// link joins two hosts.
+type link struct {
+	ends  [2]*Host // ends[0] dialled
+	sick  time.Time
+	gone  bool
+	conns []net.Conn
+}
+
+func (l *link) other(h *Host) *Host {
+	if l.ends[0] == h {
+		return l.ends[1]
+	}
+	return l.ends[0]
+}
+
+type event struct {
+	at  time.Time
+	seq uint64
+	do  func(now time.Time)
+}
+
+type events []event
+
+func (e events) Len() int { return len(e) }
+func (e events) Less(i, j int) bool {
+	return e[i].at.Before(e[j].at) || e[i].at.Equal(e[j].at) && e[i].seq < e[j].seq
+}
+func (e events) Swap(i, j int) { e[i], e[j] = e[j], e[i] }
+func (e *events) Push(x any)   { *e = append(*e, x.(event)) }
+func (e *events) Pop() any {
+	old := *e
+	x := old[len(old)-1]
+	old[len(old)-1] = event{}
+	*e = old[:len(old)-1]
+	return x
+}
+
+// New makes a net with a delay of 1 ms and no loss.
+func New(seed uint64) *Net {
+	return &Net{
+		wake: make(chan struct{}, 1), rng: rand.New(rand.NewPCG(seed, 77)),
+		hosts: map[netip.AddrPort]*Host{}, cut: map[[2]netip.AddrPort]bool{},
+		delay: time.Millisecond, vary: time.Millisecond / 4,
+	}
+}
+
+// Run carries what is sent until ctx ends.
+func (n *Net) Run(ctx context.Context) error {
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	for {
+		n.mu.Lock()
+		now := time.Now()
+		var ready []event
+		for len(n.queue) > 0 && !n.queue[0].at.After(now) {
+			ready = append(ready, heap.Pop(&n.queue).(event))
+		}
+		next := time.Hour
+		if len(n.queue) > 0 {
+			next = n.queue[0].at.Sub(now)
+		}
+		n.mu.Unlock()
+		for _, ev := range ready {
+			ev.do(now)
+		}
+		if len(ready) > 0 {
+			continue
+		}
+		timer.Reset(next)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-timer.C:
+		case <-n.wake:
+		}
+	}
+}
+
+func (n *Net) afterLocked(d time.Duration, do func(now time.Time)) {
+	n.seq++
+	heap.Push(&n.queue, event{time.Now().Add(d), n.seq, do})
+	select {
+	case n.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Add puts a peer on the net. It hears nothing before Attach. A peer that was killed may come back.
+func (n *Net) Add(hello router.Hello, addr netip.AddrPort) *Host {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	h := &Host{net: n, hello: hello, addr: addr, links: map[mesh.PeerName]*link{}, streams: make(chan net.Conn, 16)}
+	n.hosts[addr] = h
+	return h
+}
+
+// Attach connects the peer to its node.
+func (h *Host) Attach(handler Handler, routes *router.LiveRoutes) {
+	h.net.mu.Lock()
+	defer h.net.mu.Unlock()
+	h.handler, h.routes = handler, routes
+}
+
+// Addr is where the peer is.
+func (h *Host) Addr() netip.AddrPort { return h.addr }
+
+// Traffic returns the bytes that the peer sent and received.
+func (h *Host) Traffic() (sent, received uint64) {
+	h.net.mu.Lock()
+	defer h.net.mu.Unlock()
+	return h.Sent, h.Received
+}
+
+// Kill takes the peer away without a goodbye: the others notice when its links stop answering.
+func (h *Host) Kill() {
+	n := h.net
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if h.dead {
+		return
+	}
+	h.dead = true
+	if n.hosts[h.addr] == h {
+		delete(n.hosts, h.addr)
+	}
+	for _, name := range slices.SortedFunc(maps.Keys(h.links), mesh.PeerName.Compare) {
+		n.watchLocked(h.links[name])
+	}
+}
+
+// Cut stops datagrams between two addresses.
+func (n *Net) Cut(a, b *Host) { n.set(true, a, b); n.set(true, b, a) }
+
+// CutOneWay stops datagrams from one address to another.
+func (n *Net) CutOneWay(from, to *Host) { n.set(true, from, to) }
+
+// Heal undoes Cut and CutOneWay.
+func (n *Net) Heal(a, b *Host) { n.set(false, a, b); n.set(false, b, a) }
+
+// HealAll undoes all cuts.
+func (n *Net) HealAll() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	clear(n.cut)
+}
+
+// Split cuts every path between the two groups.
+func (n *Net) Split(left, right []*Host) {
+	for _, a := range left {
+		for _, b := range right {
+			n.Cut(a, b)
+		}
+	}
+}
+
+// SetLoss drops that share of all datagrams, at random.
+func (n *Net) SetLoss(share float64) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.loss = share
+}
+
+// SetDelay has datagrams take that long, more or less.
+func (n *Net) SetDelay(delay, vary time.Duration) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.delay, n.vary = delay, vary
+}
+
+// Stats returns what happened so far.
+func (n *Net) Stats() Stats {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.stats
+}
+
+func (n *Net) set(cut bool, from, to *Host) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	pair := [2]netip.AddrPort{from.addr, to.addr}
+	if !cut {
+		delete(n.cut, pair)
+		return
+	}
+	n.cut[pair] = true
+	for _, h := range [2]*Host{from, to} {
+		for _, l := range h.links {
+			if l.other(h).addr == from.addr || l.other(h).addr == to.addr {
+				n.watchLocked(l)
+			}
+		}
+	}
+}
+
+// passesLocked reports whether datagrams get from one host to the other.
+func (n *Net) passesLocked(from, to *Host) bool {
+	return !from.dead && !to.dead && !n.cut[[2]netip.AddrPort{from.addr, to.addr}]
+}
+
+func (n *Net) wellLocked(l *link) bool {
+	return n.passesLocked(l.ends[0], l.ends[1]) && n.passesLocked(l.ends[1], l.ends[0])
+}
+
+// watchLocked ends a link if nothing gets through for linkDeath.
+func (n *Net) watchLocked(l *link) {
+	if l.gone || !l.sick.IsZero() {
+		return
+	}
+	l.sick = time.Now()
+	var look func(now time.Time)
+	look = func(now time.Time) {
+		n.mu.Lock()
+		if l.gone || n.wellLocked(l) {
+			l.sick = time.Time{}
+			n.mu.Unlock()
+			return
+		}
+		if now.Sub(l.sick) < linkDeath {
+			n.afterLocked(linkDeath/10, look)
+			n.mu.Unlock()
+			return
+		}
+		n.mu.Unlock()
+		n.end(l, errDead)
+	}
+	n.afterLocked(linkDeath/10, look)
+}
+
+// end takes a link away and tells both ends.
+func (n *Net) end(l *link, err error) {
+	n.mu.Lock()
+	if l.gone {
+		n.mu.Unlock()
+		return
+	}
+	l.gone = true
+	for i, h := range l.ends {
+		if other := l.ends[1-i]; h.links[other.hello.Name] == l {
+			delete(h.links, other.hello.Name)
+		}
+	}
+	conns := l.conns
+	n.mu.Unlock()
+	for _, c := range conns {
+		c.Close()
+	}
+	for i, h := range l.ends {
+		n.report(h, router.LinkEvent{State: router.LinkDown, Link: n.seen(l, i), Err: err})
+	}
+}
+
+// seen is the link as end i sees it.
+func (n *Net) seen(l *link, i int) router.Link {
+	other := l.ends[1-i]
+	return router.Link{Peer: other.hello, Addr: other.addr, Outbound: i == 0, Sealed: true, RTT: 2 * n.delay, MTU: 1432}
+}
+
+func (n *Net) report(h *Host, ev router.LinkEvent) {
+	n.mu.Lock()
+	handler, dead := h.handler, h.dead
+	n.mu.Unlock()
+	if handler != nil && !dead {
+		handler.Link(ev)
+	}
+}
+
+// Dial links with whoever is at addr.
+func (h *Host) Dial(addr netip.AddrPort) {
+	n := h.net
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	tries := 0
+	var try func(now time.Time)
+	try = func(time.Time) {
+		tries++
+		n.mu.Lock()
+		to := n.hosts[addr]
+		ok := to != nil && to.handler != nil && n.passesLocked(h, to) && n.passesLocked(to, h)
+		if ok && n.loss > 0 {
+			ok = n.rng.Float64() > n.loss && n.rng.Float64() > n.loss
+		}
+		again := !ok && tries < dialTries && !h.dead
+		if again {
+			n.afterLocked(dialRetry, try)
+		}
+		n.mu.Unlock()
+		switch {
+		case again:
+		case !ok:
+			n.report(h, router.LinkEvent{State: router.LinkDialFailed, Link: router.Link{Addr: addr}, Err: errAnswer})
+		default:
+			n.join(h, to)
+		}
+	}
+	n.afterLocked(3*n.delay, try)
+}
+
+func (n *Net) join(from, to *Host) {
+	fail := func(err error) {
+		n.report(from, router.LinkEvent{State: router.LinkDialFailed, Link: router.Link{Addr: to.addr, Peer: to.hello}, Err: err})
+	}
+	if from == to {
+		fail(errSelf)
+		return
+	}
+	if from.hello.Name == to.hello.Name {
+		fail(fmt.Errorf("both have the name %v", to.hello.Name))
+		return
+	}
+	for _, side := range [2][2]*Host{{from, to}, {to, from}} {
+		if err := side[0].handler.Accept(side[1].hello, side[1].addr); err != nil {
+			fail(err)
+			return
+		}
+	}
+	// Another run of the same peer ends the link to the earlier one.
+	n.mu.Lock()
+	var old []*link
+	for _, side := range [2][2]*Host{{from, to}, {to, from}} {
+		if l := side[0].links[side[1].hello.Name]; l != nil && l.other(side[0]) != side[1] {
+			old = append(old, l)
+		}
+	}
+	n.mu.Unlock()
+	for _, l := range old {
+		n.end(l, errors.New("the peer was restarted"))
+	}
+	n.mu.Lock()
+	if from.links[to.hello.Name] != nil {
+		n.mu.Unlock()
+		fail(errLinked)
+		return
+	}
+	l := &link{ends: [2]*Host{from, to}}
+	from.links[to.hello.Name], to.links[from.hello.Name] = l, l
+	if !n.wellLocked(l) {
+		n.watchLocked(l) // cut meanwhile
+	}
+	n.mu.Unlock()
+	for i, h := range l.ends {
+		n.report(h, router.LinkEvent{State: router.LinkUp, Link: n.seen(l, i)})
+	}
+}
+
+// Hangup ends a link.
+func (h *Host) Hangup(peer mesh.PeerName, why string) {
+	h.net.mu.Lock()
+	defer h.net.mu.Unlock()
+	if l := h.links[peer]; l != nil {
+		h.net.afterLocked(0, func(time.Time) { h.net.end(l, errors.New(why)) })
+	}
+}
+
+// Send carries a message by the routes of every peer on the way.
+func (h *Host) Send(peer mesh.PeerName, msg []byte) error {
+	if len(msg) > mesh.MaxMessage {
+		return errSize
+	}
+	n := h.net
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if h.dead {
+		return errClosed
+	}
+	if _, ok := h.routes.NextHop(peer); !ok && h.links[peer] == nil {
+		return errNoRoute
+	}
+	if h.inFlight >= maxInFlight {
+		n.stats.Full++
+		return nil
+	}
+	h.inFlight++
+	n.forwardLocked(h, h, nil, peer, append([]byte(nil), msg...), maxHops)
+	return nil
+}
+
+// forwardLocked carries a message one hop on. A relay never sends back to where a message came from.
+func (n *Net) forwardLocked(src, at, from *Host, dst mesh.PeerName, msg []byte, hops int) {
+	drop := func(count *uint64) {
+		*count++
+		src.inFlight--
+	}
+	via, ok := at.routes.NextHop(dst)
+	l := at.links[via]
+	if direct := at.links[dst]; direct != nil && (!ok || l == nil) {
+		l, ok = direct, true
+	}
+	switch {
+	case !ok || l == nil || at.dead || from != nil && l.other(at) == from:
+		drop(&n.stats.NoRoute)
+		return
+	case hops == 0:
+		drop(&n.stats.Loops)
+		return
+	}
+	to := l.other(at)
+	at.Sent += uint64(len(msg))
+	if !n.passesLocked(at, to) || n.loss > 0 && n.rng.Float64() < n.loss {
+		drop(&n.stats.Lost)
+		return
+	}
+	delay := n.delay
+	if n.vary > 0 {
+		delay += time.Duration(n.rng.Int64N(int64(n.vary)))
+	}
+	n.afterLocked(delay, func(time.Time) {
+		n.mu.Lock()
+		to.Received += uint64(len(msg))
+		if to.hello.Name != dst {
+			n.forwardLocked(src, to, at, dst, msg, hops-1)
+			n.mu.Unlock()
+			return
+		}
+		src.inFlight--
+		n.stats.Delivered++
+		handler, dead := to.handler, to.dead
+		n.mu.Unlock()
+		if !dead && handler != nil {
+			handler.Message(src.hello.Name, msg)
+		}
+	})
+}
+
+// DialStream opens a stream to a neighbour.
+func (h *Host) DialStream(ctx context.Context, peer mesh.PeerName) (net.Conn, error) {
+	n := h.net
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	l := h.links[peer]
+	if h.dead || l == nil || !n.wellLocked(l) {
+		return nil, errNoRoute
+	}
+	ours, theirs := net.Pipe()
+	select {
+	case l.other(h).streams <- theirs:
+	default:
+		return nil, errAnswer
+	}
+	l.conns = append(slices.DeleteFunc(l.conns, func(net.Conn) bool { return len(l.conns) > 64 }), ours, theirs)
+	return ours, ctx.Err()
+}
+
+// Streams delivers the streams that others opened.
+func (h *Host) Streams() <-chan net.Conn { return h.streams }
+
+// Links returns how many links the peer has.
+func (h *Host) Links() int {
+	h.net.mu.Lock()
+	defer h.net.mu.Unlock()
+	return len(h.links)
+}

@@ -1,0 +1,88 @@
+package gossip_test
+
+import (
+	"encoding/binary"
+	"errors"
+	"hash/fnv"
+	"sync"
+
+	"meshd/mesh"
+)
+
+// setTable is the simplest replicated table: a set of short strings that only grows.
+type setTable struct {
+	mu      sync.Mutex
+	entries map[uint64]string
+}
+
+func newSetTable() *setTable { return &setTable{entries: map[uint64]string{}} }
+
+func key(s string) uint64 {
+	h := fnv.New64a()
+	h.Write([]byte(s))
+	v := h.Sum64()
+	return v ^ v<<32
+}
+
+func encode(s string) []byte {
+	return append(binary.BigEndian.AppendUint16(nil, uint16(len(s))), s...)
+}
+
+func (t *setTable) add(s string) []byte {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.entries[key(s)] = s
+	return encode(s)
+}
+
+func (t *setTable) len() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.entries)
+}
+
+func (t *setTable) Merge(_ mesh.PeerName, delta []byte) (news []byte, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for len(delta) > 0 {
+		if len(delta) < 2 || len(delta) < 2+int(binary.BigEndian.Uint16(delta)) {
+			return nil, errors.New("short")
+		}
+		n := 2 + int(binary.BigEndian.Uint16(delta))
+		s := string(delta[2:n])
+		if _, ok := t.entries[key(s)]; !ok {
+			t.entries[key(s)] = s
+			news = append(news, delta[:n]...)
+		}
+		delta = delta[n:]
+	}
+	return news, nil
+}
+
+func (t *setTable) Items() []mesh.Item {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var out []mesh.Item
+	for k := range t.entries {
+		out = append(out, mesh.Item{Key: k, Version: k * 3})
+	}
+	return out
+}
+
+func (t *setTable) Encode(keys []uint64, limit int) (out [][]byte) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var b []byte
+	for _, k := range keys {
+		s, ok := t.entries[k]
+		if !ok {
+			continue
+		}
+		e := encode(s)
+		if len(b)+len(e) > limit {
+			out, b = append(out, b), nil
+		}
+		b = append(b, e...)
+	}
+	return append(out, b)
+}
