@@ -48,23 +48,25 @@ func parseResolvConf(text []byte, own func(netip.AddrPort) bool) (servers []neti
 // reloadLoop keeps the upstream servers what resolv.conf says. The file may be replaced, rewritten, or a
 // link to a file that is; so its content is compared, and that every two seconds.
 func (s *Server) reloadLoop(ctx context.Context) {
+	if s.cfg.ResolvConf == "" {
+		return
+	}
 	var last [sha256.Size]byte
 	var missing bool
 	tick := time.NewTicker(reloadEvery)
 	defer tick.Stop()
-	for first := true; ; first = false {
+	for {
 		text, err := os.ReadFile(s.cfg.ResolvConf)
 		switch {
 		case err != nil:
+			// It may be about to be replaced: the servers that it named stay.
 			if !missing {
-				s.log.Warn("no upstream name servers", "err", err)
+				s.log.Warn("upstream name servers are not known anew", "err", err)
 			}
-			s.forward.setServers(nil)
-			last = [sha256.Size]byte{}
 		default:
 			// The listener's address counts too: it decides which server is this one.
 			sum := sha256.Sum256(append(text, s.Addr().String()...))
-			if sum != last || first {
+			if sum != last {
 				last = sum
 				servers := parseResolvConf(text, s.isSelf)
 				s.forward.setServers(servers)

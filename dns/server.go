@@ -27,7 +27,7 @@ type Config struct {
 	TTL     time.Duration // of answers about the mesh, whole seconds; what they say of names stays true no longer
 	UDPSize int           // bytes of an answer by UDP at most; 0: 1232, which no path that we know fragments
 
-	ResolvConf string        // names the upstream servers
+	ResolvConf string        // names the upstream servers; empty: there are none
 	Timeout    time.Duration // for a question to the upstream servers; 0: 5 s
 
 	// Access says what a client may have, by its address and the index of the interface its query came in

@@ -47,8 +47,8 @@ func startServer(t testing.TB, table Table, change func(*Config)) *Server {
 	t.Helper()
 	cfg := Config{
 		Domain: domain, Listen: netip.MustParseAddrPort("127.0.0.1:0"), TTL: time.Second,
-		ResolvConf: "/nonexistent", Ranges: []netip.Prefix{netip.MustParsePrefix("10.32.0.0/12")},
-		Log: slog.New(slog.NewTextHandler(t.Output(), nil)),
+		Ranges: []netip.Prefix{netip.MustParsePrefix("10.32.0.0/12")},
+		Log:    slog.New(slog.NewTextHandler(t.Output(), nil)),
 	}
 	if change != nil {
 		change(&cfg)
@@ -441,6 +441,23 @@ func TestParseProcAddr(t *testing.T) {
 	for _, in := range []string{"", "xx:0035", "0100007F", "01:0035", "0100007F:fffff"} {
 		if got, ok := parseProcAddr(in); ok {
 			t.Errorf("parseProcAddr(%q) = %v", in, got)
+		}
+	}
+}
+
+func endpointAt(prefix string, names ...string) mesh.Endpoint {
+	return mesh.Endpoint{Owner: "c", MAC: mesh.MAC{2}, Addrs: []netip.Prefix{netip.MustParsePrefix(prefix)}, Names: names}
+}
+
+// eventually waits up to five seconds, the time in which the server takes note of its surroundings.
+func eventually(t testing.TB, true func() bool) {
+	t.Helper()
+	limit := time.After(5 * time.Second)
+	for !true() {
+		select {
+		case <-time.After(time.Millisecond):
+		case <-limit:
+			t.Fatal("not within 5 s")
 		}
 	}
 }

@@ -13,9 +13,9 @@ import (
 )
 
 const (
-	// Datagrams read and written by one system call. Under load they come in bunches; then this halves the
-	// cost of an answer.
-	batchSize = 64
+	// Datagrams read and written by one system call. Under load they come in bunches, and then this saves
+	// most of the calls.
+	batchSize = 32
 
 	// Bytes of a request. A longer one has more in it than a question and gets no answer.
 	maxRequest = 2048
@@ -105,14 +105,17 @@ func (l *udpLoop) run(ctx context.Context) {
 	}
 }
 
+// receive and send never block (MSG_DONTWAIT), so they bypass the Go scheduler's bookkeeping of system
+// calls. With it the scheduler's monitor took the processor away from every batch, which cost a tenth of
+// all time. A batch is short enough not to delay the garbage collector's pauses by more than 100 µs.
 func (l *udpLoop) receive(fd uintptr) bool {
-	n, _, errno := syscall.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&l.in[0])), batchSize, unix.MSG_DONTWAIT, 0, 0)
+	n, _, errno := syscall.RawSyscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&l.in[0])), batchSize, unix.MSG_DONTWAIT, 0, 0)
 	l.n, l.errno = int(n), errno
 	return errno != unix.EAGAIN && errno != unix.EINTR
 }
 
 func (l *udpLoop) send(fd uintptr) bool {
-	n, _, errno := syscall.Syscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&l.out[l.todo])), uintptr(l.end-l.todo), unix.MSG_DONTWAIT, 0, 0)
+	n, _, errno := syscall.RawSyscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&l.out[l.todo])), uintptr(l.end-l.todo), unix.MSG_DONTWAIT, 0, 0)
 	l.n, l.errno = int(n), errno
 	if errno != 0 {
 		l.n = 0
