@@ -18,6 +18,9 @@ func (m *Manager) Detach(ctx context.Context, text string, specs []mesh.AddrSpec
 	if err != nil {
 		return Changed{}, err
 	}
+	if text == mesh.OwnerExpose {
+		return Changed{}, fmt.Errorf("%s %w: see hide", text, ErrNotAttached)
+	}
 	owner, err := m.locate(ctx, text)
 	if err != nil {
 		return Changed{}, err
@@ -28,7 +31,7 @@ func (m *Manager) Detach(ctx context.Context, text string, specs []mesh.AddrSpec
 	}
 	defer unlock()
 	r, ok := m.record(owner)
-	if !ok || owner == mesh.OwnerExpose || len(r.Holds) == 0 {
+	if !ok || len(r.Holds) == 0 {
 		return Changed{}, fmt.Errorf("%s %w", text, ErrNotAttached)
 	}
 	gone, err := m.pick(r, specs)
