@@ -13,7 +13,7 @@ SLOW     := meshd/integration/...
 # Time that one fuzz target gets in make fuzz.
 FUZZTIME ?= 20s
 
-.PHONY: help build demo deps test test-root test-long integration race fuzz bench bench-quick check generate install uninstall clean need-root
+.PHONY: help build demo deps test test-root test-long integration race fuzz bench bench-quick check check-generated generate install uninstall clean need-root
 
 help:
 	@echo 'make build        bin/meshd and bin/meshctl, static'
@@ -92,7 +92,15 @@ check:
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	$(GO) test -count=1 .
-	$(GO) test -count=1 -run 'Generated|Documented|Example' ./...
+	$(GO) test -count=1 -run 'Documented|Example' ./cmd/...
+	@$(MAKE) --no-print-directory check-generated
+
+# What is generated is what its sources give: made anew and compared, where the compilers are there.
+GENERATED := fastdp/bpf_bpfel.go fastdp/bpf_bpfel.o proxy/wait/wait_amd64 proxy/wait/wait_arm64
+check-generated:
+	@if clang --version 2>/dev/null | grep -q 'version 14\.' && command -v ld.lld >/dev/null && command -v llvm-strip >/dev/null; then \
+	  echo 'go generate, and compare'; sums=$$(sha256sum $(GENERATED)) && $(GO) generate ./... && echo "$$sums" | sha256sum --check --quiet; \
+	else echo 'clang 14, lld or llvm is not there: generated files are not compared'; fi
 
 generate:
 	$(GO) generate ./...
