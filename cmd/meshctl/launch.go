@@ -21,7 +21,7 @@ import (
 )
 
 const (
-	readyTimeout = time.Minute      // from the start until the daemon serves
+	readyTimeout = time.Minute      // from the start until the daemon serves, unless --timeout says otherwise
 	stopTimeout  = 30 * time.Second // from SIGTERM to the end of the process
 	pollInterval = 20 * time.Millisecond
 )
@@ -36,13 +36,14 @@ const launchFile = "launch.json"
 
 func (a *app) launchCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:   "launch [--foreground] [--log-file <file>] [--password <password>] [<meshd option>...] [<peer>...]",
+		Use:   "launch [--foreground] [--log-file <file>] [--timeout <duration>] [--password <password>] [<meshd option>...] [<peer>...]",
 		Short: "Start meshd and join peers",
 		Long: `Starts meshd in the background, waits until it serves and prints its process id. All options but
 those above are meshd's own; "meshd --help" lists them. Peers are HOST or HOST:PORT.
 
   --foreground     become meshd instead of starting it
   --log-file FILE  where meshd writes its log (` + defaultLog + `, or meshd.log in another run directory)
+  --timeout D      how long to wait until meshd serves (1m)
   --password P     the password that all peers share. Other users of this host can see it while launch
                    runs; the variable MESH_PASSWORD and --password-file FILE keep it to you
 
@@ -51,7 +52,7 @@ meshd is started again after a failure or a reboot by systemd if meshd.service i
 		DisableFlagParsing: true,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			for _, arg := range args {
-				if arg == "--help" || arg == "-help" {
+				if arg == "--help" || arg == "-h" {
 					return cmd.Help()
 				}
 			}
@@ -69,11 +70,12 @@ type launchOptions struct {
 	foreground bool
 	logFile    string
 	password   string
-	daemon     []string // arguments of meshd
+	timeout    time.Duration // until the daemon serves
+	daemon     []string      // arguments of meshd
 }
 
 func parseLaunch(args []string) (launchOptions, error) {
-	var l launchOptions
+	l := launchOptions{timeout: readyTimeout}
 	for i := 0; i < len(args); i++ {
 		name, value, hasValue := strings.Cut(args[i], "=")
 		switch name {
@@ -82,7 +84,7 @@ func parseLaunch(args []string) (launchOptions, error) {
 		case "--foreground":
 			l.foreground = !hasValue || value == "true"
 			continue
-		case "--password", "-password", "--log-file":
+		case "--password", "-password", "--log-file", "--timeout":
 		case "--":
 			l.daemon = append(l.daemon, args[i:]...)
 			return l, nil
@@ -99,9 +101,16 @@ func parseLaunch(args []string) (launchOptions, error) {
 		if value == "" {
 			return l, fmt.Errorf("%s is empty", name)
 		}
-		if name == "--log-file" {
+		switch name {
+		case "--log-file":
 			l.logFile = value
-		} else {
+		case "--timeout":
+			d, err := time.ParseDuration(value)
+			if err != nil || d <= 0 {
+				return l, fmt.Errorf("--timeout: %q is not a duration such as 30s", value)
+			}
+			l.timeout = d
+		default:
 			l.password = value
 		}
 	}
@@ -299,7 +308,7 @@ func (a *app) startAndWait(ctx context.Context, meshd string, args []string, l l
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
-	err = waitReady(ctx, client, ended)
+	err = waitReady(ctx, client, ended, l.timeout)
 	if err == nil {
 		fmt.Fprintln(a.stdout, cmd.Process.Pid)
 		return nil
@@ -325,8 +334,8 @@ func (a *app) startAndWait(ctx context.Context, meshd string, args []string, l l
 var errEnded = errors.New("meshd ended before it was ready")
 
 // waitReady returns nil when the daemon serves.
-func waitReady(ctx context.Context, client *control.Client, ended <-chan error) error {
-	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+func waitReady(ctx context.Context, client *control.Client, ended <-chan error, limit time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()
@@ -346,7 +355,7 @@ func waitReady(ctx context.Context, client *control.Client, ended <-chan error) 
 			if errors.Is(ctx.Err(), context.Canceled) {
 				return errors.New("interrupted, meshd was stopped again")
 			}
-			return fmt.Errorf("meshd was not ready after %s and was stopped again: %w", readyTimeout, last)
+			return fmt.Errorf("meshd was not ready after %s and was stopped again: %w", limit, last)
 		case <-tick.C:
 		}
 	}

@@ -246,6 +246,7 @@ func TestCommands(t *testing.T) {
 		{"stop-proxy", 1, "", "meshctl: there is no stop-proxy any more; use \"meshctl stop\"\n", ""},
 		{"stop-plugin", 1, "", "meshctl: there is no stop-plugin any more; use \"meshctl stop\"\n", ""},
 		{"launch --password", 1, "", "meshctl: --password needs a value\n" + usage, ""},
+		{"launch --timeout soon", 1, "", "meshctl: --timeout: \"soon\" is not a duration such as 30s\n" + usage, ""},
 		{"launch --password= x", 1, "", "meshctl: --password is empty\n" + usage, ""},
 	} {
 		d.mu.Lock()
@@ -450,8 +451,12 @@ func TestParseLaunch(t *testing.T) {
 		{"--password secret host2", launchOptions{password: "secret", daemon: []string{"host2"}}},
 		{"--password=sec=ret --mtu 1400", launchOptions{password: "sec=ret", daemon: []string{"--mtu", "1400"}}},
 		{"--foreground --log-file /l --no-restart --local -H tcp://x:1", launchOptions{foreground: true, logFile: "/l", daemon: []string{"--no-restart", "-H", "tcp://x:1"}}},
+		{"--timeout 5s a", launchOptions{timeout: 5 * time.Second, daemon: []string{"a"}}},
 		{"-- --password x", launchOptions{daemon: []string{"--", "--password", "x"}}},
 	} {
+		if c.want.timeout == 0 {
+			c.want.timeout = time.Minute
+		}
 		got, err := parseLaunch(strings.Fields(c.in))
 		if err != nil || fmt.Sprintf("%+v", got) != fmt.Sprintf("%+v", c.want) {
 			t.Errorf("%s: got %+v, %v, want %+v", c.in, got, err, c.want)

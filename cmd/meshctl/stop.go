@@ -95,7 +95,7 @@ func (a *app) reset(ctx context.Context, force bool) error {
 	if err != nil {
 		return err
 	}
-	settings, err := a.checkDaemon(ctx, meshd, args)
+	settings, err := a.checkDaemon(ctx, meshd, slices.Concat([]string{"--reset"}, args))
 	if err != nil {
 		return err
 	}

@@ -30,8 +30,10 @@ var version = "unreleased"
 const (
 	exitOK      = 0
 	exitFailed  = 1 // could not start or stopped by a failure
-	exitUsage   = 2 // the options are wrong; starting again with the same ones is no use
 	exitRunning = 3 // another meshd runs here
+	// The options are wrong, and starting again with the same ones is no use: sysexits(3). Not 2, with
+	// which Go ends a program that panicked, and which must be started again.
+	exitUsage = 64
 )
 
 func main() {
@@ -52,11 +54,14 @@ func run(args []string, env environment, stdout, stderr io.Writer) int {
 	}
 	hostName, _ := os.Hostname()
 	cfg, err := validate(o, flags, hostName)
-	password, perr := readPassword(o, env)
-	if err := errors.Join(err, perr); err != nil {
+	if !o.reset { // which needs none, and the file may be gone by then
+		password, perr := readPassword(o, env)
+		err = errors.Join(err, perr)
+		cfg.Underlay.Password = password
+	}
+	if err != nil {
 		return usageError(stderr, err)
 	}
-	cfg.Underlay.Password = password
 	if o.check {
 		printOptions(stdout, flags)
 		return exitOK
