@@ -3,7 +3,9 @@ package tunnel
 import (
 	"encoding/binary"
 	"errors"
+	"net"
 	"net/netip"
+	"time"
 )
 
 // batch collects frames into datagrams and datagrams into sends. Small frames for one peer share a
@@ -126,8 +128,12 @@ func (t *Tunnel) writeFrames(datagrams []byte, size int, to netip.AddrPort) {
 	if err == nil {
 		return
 	}
-	t.drops.add(dropOf(err))
-	if errors.Is(err, errTooLarge) {
+	why := dropOf(err)
+	t.drops.add(why)
+	if why == dropSend && !errors.Is(err, net.ErrClosed) && t.noisy.take(time.Now()) {
+		t.log.Warn("frames not sent", "underlay", to, "err", err)
+	}
+	if why == dropSize {
 		if p := (*t.neigh.Load())[to]; p != nil {
 			t.post(event{kind: eventTooBig, peer: p, size: size, from: origin{addr: to}})
 		}

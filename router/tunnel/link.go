@@ -190,6 +190,7 @@ func (t *Tunnel) tickLink(p *peer, now time.Time) {
 		t.endLink(p, err, now)
 		return
 	}
+	p.roaming.Store(false)
 	if p.big.Swap(false) {
 		l.busy = now
 	}

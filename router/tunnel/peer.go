@@ -26,6 +26,7 @@ type peer struct {
 	used        atomic.Int64 // last message or frame in either direction
 	big         atomic.Bool  // a large datagram was sent since controlLoop looked
 	wanted      atomic.Bool  // controlLoop has been asked for a session
+	roaming     atomic.Bool  // controlLoop has been told of another address; cleared every tick
 
 	stats counters
 

@@ -174,7 +174,7 @@ func (r *receiver) sealed(k *keys, b []byte, from origin) {
 	if !from.relayed {
 		if d := p.direct.Load(); d == nil || d.addr == from.addr {
 			p.heardDirect.Store(r.ns)
-		} else if newest {
+		} else if newest && p.roaming.CompareAndSwap(false, true) {
 			t.post(event{kind: eventRoamed, peer: p, keys: k, from: from})
 		}
 	}

@@ -335,10 +335,13 @@ func (t *Tunnel) judge(hello router.Hello, from origin, now time.Time) error {
 				known.NickName, hello.NickName, hello.Name)
 		}
 	}
-	if t.cfg.Accept != nil {
-		return t.cfg.Accept(hello, from.addr)
+	if t.cfg.Accept == nil {
+		return nil
 	}
-	return nil
+	if from.relayed {
+		from.addr = netip.AddrPort{} // that is the relay's
+	}
+	return t.cfg.Accept(hello, from.addr)
 }
 
 // peerOf finds or makes the peer. Another run, or another key, of a known name replaces what was.

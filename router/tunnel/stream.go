@@ -14,6 +14,7 @@ import (
 	"github.com/flynn/noise"
 
 	"meshd/mesh"
+	"meshd/router"
 )
 
 // Streams are TCP connections to the same port number, for what does not fit a datagram. The same
@@ -25,9 +26,11 @@ import (
 //	| length, bytes   | sealed record, or Noise message of the handshake
 //	+-----------------+------------------------
 //
-// Only peers with a live link get one: the address says which, the handshake proves it.
+// Only peers with a live link get one; the handshake proves who it is. Connections from other addresses
+// than those of the links are let in as well, for a peer may have several, but few at a time.
 const (
-	maxStreams     = 64 // being opened, and waiting to be taken
+	maxStreams     = 64 // being opened from addresses of links; waiting to be taken
+	maxGuests      = 8  // being opened from other addresses
 	streamDeadline = 10 * time.Second
 	maxRecord      = 16 << 10 // bytes of payload
 	recordLenLen   = 2
@@ -52,7 +55,7 @@ func (t *Tunnel) streamLoop(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { t.listener.Close() })
 	defer stop()
 	var g sync.WaitGroup
-	slots := make(chan struct{}, maxStreams)
+	known, guests := make(chan struct{}, maxStreams), make(chan struct{}, maxGuests)
 	for {
 		c, err := t.listener.Accept()
 		if err != nil {
@@ -64,6 +67,10 @@ func (t *Tunnel) streamLoop(ctx context.Context) error {
 			case <-time.After(100 * time.Millisecond):
 			}
 			continue
+		}
+		slots := guests
+		if a, ok := c.RemoteAddr().(*net.TCPAddr); ok && t.linkedFrom(a.AddrPort().Addr()) {
+			slots = known
 		}
 		select {
 		case slots <- struct{}{}:
@@ -99,21 +106,26 @@ func (t *Tunnel) streamLoop(ctx context.Context) error {
 	return nil
 }
 
-// linkedFrom finds the peer with a live link at that IP address who is name, or any if name is zero.
-func (t *Tunnel) linkedFrom(ip netip.Addr, name mesh.PeerName) *peer {
-	for addr, p := range *t.neigh.Load() {
-		if addr.Addr().Unmap() == ip.Unmap() && (name.IsZero() || name == p.name) {
-			return p
+// linkedFrom reports whether there is a live link to that IP address.
+func (t *Tunnel) linkedFrom(ip netip.Addr) bool {
+	for addr := range *t.neigh.Load() {
+		if addr.Addr() == ip.Unmap() {
+			return true
 		}
 	}
-	return nil
+	return false
+}
+
+// linkedTo finds the peer with a live link who says hello; nil if there is none.
+func (t *Tunnel) linkedTo(hello router.Hello) *peer {
+	p := (*t.peers.Load())[hello.Name]
+	if p == nil || p.direct.Load() == nil || !sameHost(p.info.Load().hello, hello) {
+		return nil
+	}
+	return p
 }
 
 func (t *Tunnel) acceptStream(ctx context.Context, c net.Conn) (net.Conn, error) {
-	remote, ok := c.RemoteAddr().(*net.TCPAddr)
-	if !ok || t.linkedFrom(remote.AddrPort().Addr(), mesh.PeerName{}) == nil {
-		return nil, errStranger
-	}
 	stop := context.AfterFunc(ctx, func() { c.Close() })
 	defer stop()
 	c.SetDeadline(time.Now().Add(streamDeadline))
@@ -155,8 +167,8 @@ func (t *Tunnel) acceptStream(ctx context.Context, c net.Conn) (net.Conn, error)
 	if err != nil {
 		return nil, err
 	}
-	p := t.linkedFrom(remote.AddrPort().Addr(), theirs.hello.Name)
-	if p == nil || !sameHost(p.info.Load().hello, theirs.hello) {
+	p := t.linkedTo(theirs.hello)
+	if p == nil {
 		return nil, errStranger
 	}
 	if !stop() {
@@ -188,7 +200,11 @@ func (t *Tunnel) dialStream(ctx context.Context, dst mesh.PeerName) (net.Conn, e
 	defer cancel()
 	hello := p.info.Load().hello
 	addr := netip.AddrPortFrom(p.direct.Load().addr.Addr(), hello.Port)
-	c, err := new(net.Dialer).DialContext(ctx, "tcp", addr.String())
+	var d net.Dialer
+	if local := t.cfg.Listen.Addr(); !local.IsUnspecified() {
+		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(local, 0))
+	}
+	c, err := d.DialContext(ctx, "tcp", addr.String())
 	if err != nil {
 		return nil, err
 	}

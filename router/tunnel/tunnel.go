@@ -73,7 +73,7 @@ type Config struct {
 	Conn   Conn           // nil: open a UDP socket at Listen, and TCP for streams. Given: no streams
 
 	// Accept may refuse a peer that has authenticated itself; the error's text is shown on both sides. It
-	// must not block. Nil: all are welcome.
+	// must not block. The address is invalid for a session by relay. Nil: all are welcome.
 	Accept func(router.Hello, netip.AddrPort) error
 
 	Router  Router
