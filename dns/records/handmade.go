@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"meshd/mesh"
 )
@@ -242,4 +243,43 @@ func (t *Table) Entries() []Entry {
 			a.Origin.Compare(b.Origin), cmp.Compare(a.Version, b.Version))
 	})
 	return all
+}
+
+// Lookup returns the addresses of a name in the domain, which a single label is taken to be too; those of
+// suspected peers come last. It takes no lock.
+func (t *Table) Lookup(name string) ([]netip.Addr, error) {
+	full, err := ParseName(name)
+	if err != nil {
+		return nil, err
+	}
+	if !inDomain(full, t.domain) {
+		if strings.Count(full, ".") > 1 {
+			return nil, fmt.Errorf("name %q does not lie below %s: %w", full, t.domain, ErrDomain)
+		}
+		if full, err = ParseName(full + t.domain); err != nil {
+			return nil, err
+		}
+	}
+	a := t.Find([]byte(WireName(full)))
+	if a == nil {
+		return nil, nil
+	}
+	var out []netip.Addr
+	for i, v := range a.V4 {
+		if i < a.Live4 {
+			out = append(out, netip.AddrFrom4(v))
+		}
+	}
+	for i, v := range a.V6 {
+		if i < a.Live6 {
+			out = append(out, netip.AddrFrom16(v))
+		}
+	}
+	for _, v := range a.V4[a.Live4:] {
+		out = append(out, netip.AddrFrom4(v))
+	}
+	for _, v := range a.V6[a.Live6:] {
+		out = append(out, netip.AddrFrom16(v))
+	}
+	return out, nil
 }
