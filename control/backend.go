@@ -33,6 +33,8 @@ type Addresses interface {
 	ReleaseAll(ctx context.Context, owner string) error
 	// Lookup returns what the owner holds in the subnet, or, for the zero one, everything it holds.
 	Lookup(owner string, subnet netip.Prefix) []netip.Prefix
+	// Owners returns what everybody on this host holds, by owner.
+	Owners() map[string][]netip.Prefix
 	DefaultSubnet() netip.Prefix
 }
 

@@ -143,6 +143,9 @@ func (f *fake) Lookup(owner string, subnet netip.Prefix) []netip.Prefix {
 	}
 	return []netip.Prefix{netip.MustParsePrefix("10.32.0.1/12"), netip.MustParsePrefix("10.33.0.1/24")}
 }
+func (f *fake) Owners() map[string][]netip.Prefix {
+	return map[string][]netip.Prefix{"c1": {netip.MustParsePrefix("10.32.0.1/12")}}
+}
 func (f *fake) DefaultSubnet() netip.Prefix { return netip.MustParsePrefix("10.32.0.0/12") }
 
 func (f *fake) Prime(ctx context.Context) error { return f.wait(ctx, "prime") }

@@ -230,6 +230,7 @@ func (s *Server) addressRoutes(mux *http.ServeMux) {
 	mux.Handle("GET /ipinfo/tracker", ip(func(*http.Request, string) (any, error) {
 		return "", nil // what would mirror the ring to a cloud's routes; there is none here
 	}))
+	mux.Handle("GET /ip", ip(func(*http.Request, string) (any, error) { return s.back.Addresses.Owners(), nil }))
 	lookup := ip(func(r *http.Request, owner string) (any, error) {
 		subnet, err := pathPrefix(r, false)
 		if err != nil {

@@ -71,6 +71,7 @@ func TestPaths(t *testing.T) {
 		{"POST", "/ring/repair", "", 200, "merged", "repair"},
 		{"DELETE", "/peer", "", 204, "", "leave"},
 		{"DELETE", "/peer/host2", "", 200, "12 IPs taken over from host2\n", "rmpeer host2"},
+		{"GET", "/ip", "", 200, "{\n    \"c1\": [\n        \"10.32.0.1/12\"\n    ]\n}\n", ""},
 		{"GET", "/ip/c1", "", 200, "10.32.0.1/12 10.33.0.1/24", "lookup c1 invalid Prefix"},
 		{"GET", "/ip/c1/10.33.0.0/24", "", 200, "10.32.0.1/12", "lookup c1 10.33.0.0/24"},
 		{"GET", "/ip/nobody", "", 404, "nobody has no address", "lookup nobody invalid Prefix"},
