@@ -32,9 +32,10 @@ type Config struct {
 	NoMulticastRoute bool
 	RewriteInspect   bool // show the mesh's address in place of Docker's
 
-	// DNS server and domain ("mesh.internal.") given to containers; an invalid address leaves their
-	// resolver settings alone.
-	DNS       netip.Addr
+	// DNS is the name server that containers are given, which may not be known yet when the proxy starts;
+	// DNSDomain is its domain ("mesh.internal."). nil, or an invalid address, leaves their resolver
+	// settings alone.
+	DNS       func() netip.AddrPort
 	DNSDomain string
 
 	HostnameFromLabel   string         // take the host name from this label where a container has it

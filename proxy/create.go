@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"regexp"
 	"strings"
@@ -222,7 +223,8 @@ var hostnamePattern = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9]
 
 // setNames gives the container a host name in the domain, unless the user chose one, and our name server.
 func (p *Proxy) setNames(req, host *object, labels map[string]string, name string) error {
-	if !p.cfg.DNS.IsValid() {
+	server := p.nameServer()
+	if !server.IsValid() {
 		return nil
 	}
 	var hostname, uts string
@@ -257,7 +259,7 @@ func (p *Proxy) setNames(req, host *object, labels map[string]string, name strin
 	if _, err := host.get("DnsSearch", &search); err != nil {
 		return err
 	}
-	if err := host.set("Dns", append(servers, p.cfg.DNS.String())); err != nil {
+	if err := host.set("Dns", append(servers, server.String())); err != nil {
 		return err
 	}
 	if len(search) > 0 {
@@ -276,4 +278,12 @@ func stringMap(o *object, name string) (map[string]string, error) {
 		return nil, err
 	}
 	return m, nil
+}
+
+// nameServer is what containers are given; invalid: nothing.
+func (p *Proxy) nameServer() netip.Addr {
+	if p.cfg.DNS == nil {
+		return netip.Addr{}
+	}
+	return p.cfg.DNS().Addr()
 }

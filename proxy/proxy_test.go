@@ -108,7 +108,7 @@ func start(t *testing.T, change func(*Config)) *bench {
 	cfg := Config{
 		Listen: []string{"unix://" + b.socket}, Docker: "unix://" + docker,
 		WaitDir: filepath.Join(dir, "wait"), Ifname: "ethmesh",
-		DNS: netip.MustParseAddr("172.17.0.1"), DNSDomain: "mesh.internal.",
+		DNS: func() netip.AddrPort { return netip.MustParseAddrPort("172.17.0.1:53") }, DNSDomain: "mesh.internal.",
 	}
 	if change != nil {
 		change(&cfg)

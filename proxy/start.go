@@ -46,7 +46,7 @@ func (p *Proxy) start(w http.ResponseWriter, r *http.Request, version, name stri
 		Addrs:            specs,
 		RewriteHosts:     !p.cfg.NoRewriteHosts && !c.HostConfig.NetworkMode.isUsers(),
 		AddHosts:         c.HostConfig.ExtraHosts,
-		WithoutDNS:       !p.cfg.DNS.IsValid(),
+		WithoutDNS:       !p.nameServer().IsValid(),
 		NoMulticastRoute: p.cfg.NoMulticastRoute,
 	})
 	if err == nil {

@@ -39,6 +39,9 @@ func (h *house) Report() control.Report {
 			})
 		}
 	}
+	if h.proxy != nil {
+		r.Proxy = &control.Proxy{Addresses: h.proxy.Addresses()}
+	}
 	return r
 }
 
@@ -191,21 +194,6 @@ func (h *house) drops(st gossip.Status) map[string]uint64 {
 		}
 	}
 	return out
-}
-
-// targets is the list of targets, which is kept for --resume.
-type targets struct{ h *house }
-
-func (t targets) Connect(list []string, replace bool) error {
-	if err := t.h.gossip.Connect(list, replace); err != nil {
-		return err
-	}
-	return saveTargets(t.h.state, t.h.gossip.Targets())
-}
-
-func (t targets) Forget(list []string) error {
-	t.h.gossip.Forget(list)
-	return saveTargets(t.h.state, t.h.gossip.Targets())
 }
 
 func listenAddr(u UnderlayConfig) netip.AddrPort {

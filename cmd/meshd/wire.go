@@ -10,11 +10,14 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"meshd/container"
+	"meshd/container/docker"
 	"meshd/control"
 	"meshd/dns"
 	"meshd/dns/records"
 	"meshd/fastdp"
 	"meshd/mesh"
+	"meshd/proxy"
 	"meshd/router"
 	"meshd/router/gossip"
 	"meshd/router/hostnet"
@@ -43,7 +46,11 @@ type house struct {
 	records  *records.Table
 	names    *dns.Server // nil with --no-dns
 	kernel   *kernelPath
-	control  *control.Server
+
+	docker     *docker.Client // nil without Docker
+	containers *container.Manager
+	proxy      *proxy.Proxy // nil without
+	control    *control.Server
 }
 
 // serve builds the rooms, runs them until ctx is done and returns the first failure.
@@ -51,7 +58,7 @@ func serve(ctx context.Context, cfg Config, log *slog.Logger, notify *notifier) 
 	h := &house{cfg: cfg, log: log}
 	h.kernel = newKernelPath(h)
 	defer h.close()
-	for _, build := range []func() error{h.openState, h.openHost, h.buildMesh, h.buildNames, h.openKernel, h.openControl} {
+	for _, build := range []func() error{h.openState, h.openHost, h.buildMesh, h.buildNames, h.openKernel, h.buildContainers, h.openControl} {
 		if err := build(); err != nil {
 			return err
 		}
@@ -158,6 +165,7 @@ func (h *house) buildMesh() error {
 		Trusted:  u.TrustedSubnets,
 		Listen:   listenAddr(u),
 		Ports:    ports,
+		TSO:      h.tap.Offload.TSO,
 		USO:      h.tap.Offload.USO,
 		MTU:      h.mtu,
 		Accept:   h.gossip.Accept,
@@ -233,13 +241,55 @@ func (h *house) openKernel() error {
 	}, o.NoFastDP)
 }
 
-func (h *house) openControl() error {
+func (h *house) buildContainers() error {
+	d := h.cfg.Docker
+	cfg := container.Config{
+		Peer: h.self, Domain: h.cfg.DNS.Domain,
+		Network: h.host, Bridge: h.host, Allocator: &tempAlloc{}, Announcer: h.records, Store: h.state,
+		OpenNamespace: hostnet.OpenNamespace, CheckOverlap: h.host.CheckOverlap,
+		Log: h.log.With("room", "container"),
+	}
+	if d.API != "" {
+		var err error
+		if h.docker, err = docker.New(docker.Config{Endpoint: d.API, Log: cfg.Log}); err != nil {
+			return err
+		}
+		cfg.Docker = h.docker
+	}
 	var err error
-	h.control, err = control.Listen(controlConfig(h.cfg.Control, h.log), control.Backends{
-		Reporter: h,
-		Peers:    targets{h},
-		Names:    nil,
-	})
+	if h.containers, err = container.New(cfg); err != nil {
+		return err
+	}
+	if !d.Proxy.On || d.API == "" {
+		return nil
+	}
+	p := d.Proxy
+	pc := proxy.Config{
+		Listen: p.Listen, Docker: d.API, WaitDir: h.cfg.StateDir + "-wait", Ifname: h.cfg.Overlay.Ifname,
+		NoDefaultIPAlloc: p.NoDefaultIPAlloc, NoRewriteHosts: p.NoRewriteHosts, NoMulticastRoute: p.NoMulticastRoute,
+		RewriteInspect: p.RewriteInspect, DNSDomain: h.cfg.DNS.Domain,
+		HostnameFromLabel: p.HostnameFromLabel, HostnameMatch: p.HostnameMatch, HostnameReplacement: p.HostnameReplacement,
+	}
+	if len(pc.Listen) == 0 {
+		pc.Listen = []string{"unix://" + filepath.Join(h.cfg.RunDir, "docker.sock")}
+	}
+	if h.names != nil && !p.NoDNS {
+		pc.DNS = h.names.Addr
+	}
+	if pc.TLS, err = proxyTLS(p); err != nil {
+		return err
+	}
+	h.proxy, err = proxy.New(pc, containers{h.containers}, h.log.With("room", "proxy"))
+	return err
+}
+
+func (h *house) openControl() error {
+	backends := control.Backends{Reporter: h, Peers: targets{h}, Attachments: attachments{h.containers}}
+	if h.names != nil {
+		backends.Names = handmade{h}
+	}
+	var err error
+	h.control, err = control.Listen(controlConfig(h.cfg.Control, h.log), backends)
 	return err
 }
 
@@ -271,6 +321,10 @@ func (h *house) serve(ctx context.Context, notify *notifier) error {
 	run("kernel path", h.kernel.run)
 	run("hostnet", func(ctx context.Context) error { return h.host.Watch(ctx, h.onHost) })
 	run("switch", h.expireLoop)
+	run("containers", h.containers.Run)
+	if h.proxy != nil {
+		run("proxy", h.proxy.Run)
+	}
 	run("control", h.control.Run)
 	run("tap", func(ctx context.Context) error { // the pumps wait in Read until it is closed
 		<-ctx.Done()
@@ -294,6 +348,7 @@ func (h *house) onHost(s hostnet.State) {
 	} else {
 		h.gossip.SetFlags(0, router.FlagForeign)
 	}
+	h.containers.Recheck()
 	h.kernel.poke()
 }
 
@@ -316,6 +371,9 @@ func (h *house) close() {
 	var errs []error
 	if h.control != nil {
 		errs = append(errs, h.control.Close())
+	}
+	if h.docker != nil {
+		errs = append(errs, h.docker.Close())
 	}
 	errs = append(errs, h.kernel.close())
 	if h.tap != nil {

@@ -1,0 +1,135 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+
+	"meshd/container"
+	"meshd/control"
+	"meshd/mesh"
+	"meshd/proxy"
+)
+
+// The rooms in the words of those that use them.
+
+// targets is the list of targets, which is kept for --resume.
+type targets struct{ h *house }
+
+func (t targets) Connect(list []string, replace bool) error {
+	if err := t.h.gossip.Connect(list, replace); err != nil {
+		return err
+	}
+	return saveTargets(t.h.state, t.h.gossip.Targets())
+}
+
+func (t targets) Forget(list []string) error {
+	t.h.gossip.Forget(list)
+	return saveTargets(t.h.state, t.h.gossip.Targets())
+}
+
+// attachments is the container room to the control API.
+type attachments struct{ *container.Manager }
+
+func (a attachments) Attach(ctx context.Context, r control.AttachRequest) (control.Changed, error) {
+	c, err := a.Manager.Attach(ctx, container.Request{
+		Target: r.Container, Addrs: r.Addresses, WithoutDNS: r.WithoutDNS, RewriteHosts: r.RewriteHosts,
+		AddHosts: r.AddHosts, NoMulticastRoute: r.NoMulticastRoute,
+	})
+	return control.Changed(c), err
+}
+
+func (a attachments) Detach(ctx context.Context, r control.DetachRequest) (control.Changed, error) {
+	c, err := a.Manager.Detach(ctx, r.Container, r.Addresses)
+	return control.Changed(c), err
+}
+
+func (a attachments) Expose(ctx context.Context, r control.ExposeRequest) (control.Changed, error) {
+	c, err := a.Manager.Expose(ctx, container.ExposeRequest{Addrs: r.Addresses, FQDN: r.FQDN, WithoutMasquerade: r.WithoutMasquerade})
+	return control.Changed(c), err
+}
+
+func (a attachments) Hide(ctx context.Context, r control.HideRequest) (control.Changed, error) {
+	c, err := a.Manager.Hide(ctx, r.Addresses)
+	return control.Changed(c), err
+}
+
+func (a attachments) List(ctx context.Context, containers []string) ([]control.Attached, error) {
+	list, err := a.Manager.List(ctx, containers)
+	var out []control.Attached
+	for _, x := range list {
+		out = append(out, control.Attached(x))
+	}
+	return out, err
+}
+
+// containers is the container room to the Docker proxy.
+type containers struct{ *container.Manager }
+
+func (c containers) Attach(ctx context.Context, r proxy.Request) error {
+	_, err := c.Manager.Attach(ctx, container.Request{
+		Target: r.Container, Addrs: r.Addrs, WithoutDNS: r.WithoutDNS, RewriteHosts: r.RewriteHosts,
+		AddHosts: r.AddHosts, NoMulticastRoute: r.NoMulticastRoute,
+	})
+	return err
+}
+
+func (c containers) Interface(id string) (mesh.MAC, []netip.Prefix, bool) {
+	list, err := c.Manager.List(context.Background(), []string{id})
+	if err != nil || len(list) != 1 {
+		return mesh.MAC{}, nil, false
+	}
+	return list[0].MAC, list[0].Addresses, true
+}
+
+// handmade is the names made by hand to the control API.
+type handmade struct{ h *house }
+
+func (n handmade) Add(ctx context.Context, r control.NameRequest) error {
+	info, addrs, err := n.resolve(ctx, r)
+	if err != nil {
+		return err
+	}
+	name := r.FQDN
+	if name == "" {
+		name = info.FQDN
+	}
+	if name == "" {
+		return fmt.Errorf("container %s has no name in the domain %s: give one with -h", r.Container, n.h.cfg.DNS.Domain)
+	}
+	if len(addrs) == 0 {
+		return fmt.Errorf("container %s has no address on the mesh", r.Container)
+	}
+	return n.h.records.AddName(info.Owner, name, addrs)
+}
+
+func (n handmade) Remove(ctx context.Context, r control.NameRequest) error {
+	info, addrs, err := n.resolve(ctx, r)
+	if err != nil {
+		return err
+	}
+	_, err = n.h.records.RemoveName(info.Owner, r.FQDN, addrs)
+	return err
+}
+
+// resolve finds whom a request is about, and which addresses.
+func (n handmade) resolve(ctx context.Context, r control.NameRequest) (container.Info, []netip.Addr, error) {
+	if r.Container == mesh.OwnerExtern {
+		return container.Info{Owner: r.Container}, r.Addrs, nil
+	}
+	info, err := n.h.containers.Lookup(ctx, r.Container)
+	if err != nil {
+		return info, nil, err
+	}
+	addrs := r.Addrs
+	if len(addrs) == 0 {
+		for _, p := range info.Addresses {
+			addrs = append(addrs, p.Addr())
+		}
+	}
+	return info, addrs, nil
+}
+
+func (n handmade) Domain() string { return n.h.cfg.DNS.Domain }
+
+func (n handmade) Server() netip.AddrPort { return n.h.names.Addr() }
