@@ -21,7 +21,8 @@ var ErrNoOffload = errors.New("this TAP takes no superframes")
 // Queue is one queue of the TAP. Read and Write move whole frames behind a VNetHdrLen header.
 type Queue struct {
 	file   *os.File
-	header bool // the kernel reads and writes the header; else Read makes one up and Write obeys it
+	header bool    // the kernel reads and writes the header; else Read makes one up and Write obeys it
+	try    tryRead // owned by the reader
 }
 
 // Read waits for one frame. It returns os.ErrClosed after Close.
