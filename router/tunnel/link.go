@@ -12,12 +12,14 @@ import (
 
 // A link is alive as long as something authenticated comes from its address. When nothing does for
 // longer than a heartbeat, probes go out in quick succession, so that losing every fifth datagram does not
-// look like death, and three seconds without anything do.
+// look like death, and three seconds without anything do. So do four without an answer: then the way back
+// is whole, but nothing of ours arrives; the peer, which hears nothing, has given up by then.
 const (
 	heartbeatEvery = time.Second
 	heartbeatLate  = heartbeatEvery + 200*time.Millisecond
 	heartbeatFast  = 200 * time.Millisecond
 	deadAfter      = 3 * time.Second
+	deafAfter      = 4 * time.Second
 	upAnyway       = 600 * time.Millisecond // a link is up then even if its MTU is not found yet
 	probeKept      = 3 * time.Second        // an answer may come so late
 	maxProbes      = 64
@@ -26,6 +28,7 @@ const (
 
 var (
 	errRestarted = errors.New("the peer was restarted")
+	errDeaf      = fmt.Errorf("nothing answered for %v", deafAfter)
 	errLeft      = errors.New("the peer said goodbye")
 	errDead      = fmt.Errorf("nothing heard for %v", deadAfter)
 	errUnproven  = errors.New("the handshake went through but no probe was answered")
@@ -55,6 +58,7 @@ type link struct {
 	dialled  []netip.AddrPort // dials that wait for the outcome
 	up       bool
 	answered bool // some probe was
+	lastAck  time.Time
 	created  time.Time
 	told     router.Link // as last reported
 	toldAt   time.Time
@@ -162,7 +166,7 @@ func (t *Tunnel) endLink(p *peer, err error, now time.Time) {
 		t.log.Info("link down", "peer", p.name, "underlay", l.addr, "err", err)
 	}
 	for _, addr := range l.dialled {
-		t.dialFailed(addr, hello, err)
+		t.dialFailed(addr, router.Hello{}, err)
 	}
 }
 
@@ -181,7 +185,14 @@ func (t *Tunnel) hangup(name mesh.PeerName, why string, now time.Time) {
 // tickLink sends the probes that are due, and decides whether the link lives.
 func (t *Tunnel) tickLink(p *peer, now time.Time) {
 	l := p.link
-	silent := t.sinceHeard(p, now)
+	silent, deaf := t.sinceHeard(p, now), time.Duration(0)
+	if l.answered {
+		deaf = now.Sub(l.lastAck)
+	}
+	if deaf >= deafAfter && silent < deadAfter {
+		t.endLink(p, errDeaf, now)
+		return
+	}
 	if silent >= deadAfter || !l.up && now.Sub(l.created) >= deadAfter {
 		err := errDead
 		if !l.up {
@@ -200,7 +211,7 @@ func (t *Tunnel) tickLink(p *peer, now time.Time) {
 	}
 	sizes := l.mtu.tick(now, l.rtt.timeout(), now.Sub(l.busy) < busyFor, now.Add(-silent))
 	every := heartbeatEvery
-	if silent > heartbeatLate || !l.answered || l.mtu.verifies > 1 {
+	if max(silent, deaf) > heartbeatLate || !l.answered || l.mtu.verifies > 1 {
 		every = heartbeatFast
 	}
 	if now.Sub(l.lastProbe) >= every {
@@ -293,7 +304,7 @@ func (t *Tunnel) onAck(ev event, now time.Time) {
 	switch {
 	case p.link != nil && !ev.from.relayed:
 		if p.link.acked(a, ev.at, now) {
-			p.link.answered = true
+			p.link.answered, p.link.lastAck = true, now
 			t.tickLink(p, now)
 		}
 	case p.relay != nil && ev.from.relayed:

@@ -139,7 +139,11 @@ func (t *Tunnel) fail(a *attempt, err error, now time.Time) {
 		}
 	}
 	if a.dial {
-		t.dialFailed(a.to.addr, a.theirs.hello, err)
+		who := a.theirs.hello
+		if errors.Is(err, ErrNoAnswer) {
+			who = router.Hello{} // it did not refuse: the handshake got lost on the way
+		}
+		t.dialFailed(a.to.addr, who, err)
 	} else {
 		t.log.Debug("handshake failed", "underlay", a.to.addr, "relayed", a.to.relayed, "err", err)
 	}
