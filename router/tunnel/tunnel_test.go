@@ -267,7 +267,7 @@ func TestOneWay(t *testing.T) {
 		a.tun.Dial(b.conn.addr)
 		until(t, time.Second, "link", func() bool { return linked(a, b) && linked(b, a) })
 		n.set(func() { n.cut[[2]netip.AddrPort{a.conn.addr, b.conn.addr}] = true })
-		took := until(t, 7*time.Second, "link down on both sides", func() bool { return !linked(a, b) && !linked(b, a) })
+		took := until(t, 4500*time.Millisecond, "link down on both sides", func() bool { return !linked(a, b) && !linked(b, a) })
 		t.Logf("given up after %v", took)
 		wait(10 * time.Second)
 		if linked(a, b) || linked(b, a) {
