@@ -257,7 +257,7 @@ func (h *Host) Processes() (list []Process) {
 			pid, _ := strconv.Atoi(filepath.Base(dir))
 			comm, err := os.ReadFile(dir + "/comm")
 			args, err2 := os.ReadFile(dir + "/cmdline")
-			if err != nil || err2 != nil {
+			if err != nil || err2 != nil || len(args) == 0 { // without arguments it has ended and waits to be collected
 				continue
 			}
 			list = append(list, Process{PID: pid, Comm: strings.TrimSpace(string(comm)),

@@ -6,6 +6,8 @@ name=$2
 
 mount --make-rprivate /
 mount -t proc proc /proc
+# What is mounted below the directories that are replaced would stay in the way, unseen.
+grep -oE ' /(run|var/lib/docker)/[^ ]*' /proc/self/mountinfo | sort -r | while read -r m; do umount -l "$m" 2>/dev/null || :; done
 
 # A fresh sysfs shows this network namespace's devices; the cgroup tree is the machine's.
 mount -t tmpfs -o mode=0755 lab "$scratch"
