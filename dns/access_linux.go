@@ -3,11 +3,12 @@ package dns
 import (
 	"net"
 	"net/netip"
-	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Access is what a client may have.
@@ -148,10 +149,16 @@ func (i *Interfaces) Refresh() error {
 	if err != nil {
 		return err
 	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
 	known := make(map[int]hostInterface, len(all))
 	for _, ifc := range all {
 		h := hostInterface{loopback: ifc.Flags&net.FlagLoopback != 0}
-		if _, err := os.Stat("/sys/class/net/" + ifc.Name + "/bridge"); err == nil {
+		// Somebody may name a network card like a bridge.
+		if drv, err := unix.IoctlGetEthtoolDrvinfo(fd, ifc.Name); err == nil && unix.ByteSliceToString(drv.Driver[:]) == "bridge" {
 			h.access = i.access(ifc.Name)
 		}
 		addrs, err := ifc.Addrs()

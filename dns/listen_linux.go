@@ -38,15 +38,19 @@ type listener struct {
 // that nobody has to wait for Docker to make its bridge.
 func bind(addr netip.AddrPort, sockets int) (*listener, error) {
 	l := &listener{}
+	family := "" // both, for [::]
+	if addr.Addr().Is4() {
+		family = "4"
+	}
 	// TCP goes without SO_REUSEPORT: it tells us of another meshd, which would share our UDP port silently.
-	tcp, err := (&net.ListenConfig{Control: control(freebind), KeepAlive: -1}).Listen(context.Background(), "tcp", addr.String())
+	tcp, err := (&net.ListenConfig{Control: control(freebind), KeepAlive: -1}).Listen(context.Background(), "tcp"+family, addr.String())
 	if err != nil {
 		return nil, bindError(addr, err)
 	}
 	l.tcp = tcp
 	l.addr = netip.AddrPortFrom(addr.Addr(), tcp.Addr().(*net.TCPAddr).AddrPort().Port())
 	// And so does a first UDP socket, of a resolver that does not listen by TCP.
-	probe, err := (&net.ListenConfig{Control: control(freebind)}).ListenPacket(context.Background(), "udp", l.addr.String())
+	probe, err := (&net.ListenConfig{Control: control(freebind)}).ListenPacket(context.Background(), "udp"+family, l.addr.String())
 	if err != nil {
 		return nil, errors.Join(bindError(addr, err), l.close())
 	}
@@ -54,7 +58,7 @@ func bind(addr netip.AddrPort, sockets int) (*listener, error) {
 		return nil, errors.Join(err, l.close())
 	}
 	for range sockets {
-		c, err := (&net.ListenConfig{Control: control(freebind, shared)}).ListenPacket(context.Background(), "udp", l.addr.String())
+		c, err := (&net.ListenConfig{Control: control(freebind, shared)}).ListenPacket(context.Background(), "udp"+family, l.addr.String())
 		if err != nil {
 			return nil, errors.Join(bindError(addr, err), l.close())
 		}
@@ -115,14 +119,10 @@ func shared(network string, fd int) error {
 		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, receiveBuffer)
 	}
 	err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
-	if network == "udp6" {
-		err = errors.Join(err, unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, 1))
+	if network == "udp6" { // it tells of IPv4 datagrams too, in mapped form
+		return errors.Join(err, unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, 1))
 	}
-	if network == "udp4" || err == nil {
-		// On an IPv6 socket too, for the IPv4 clients of [::].
-		err = errors.Join(err, unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_PKTINFO, 1))
-	}
-	return err
+	return errors.Join(err, unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_PKTINFO, 1))
 }
 
 func socketCount() int { return min(runtime.GOMAXPROCS(0), 8) }

@@ -234,10 +234,17 @@ func interfaceOf(oob []byte) int {
 }
 
 // replyControl turns what came with a request into what its answer needs: the same local address, but
-// the way back is the routing table's choice.
+// the way back is the routing table's choice, except to neighbours by link-local address.
 func replyControl(oob []byte) []byte {
-	if data, six := packetInfo(oob); data != nil && !six {
+	data, six := packetInfo(oob)
+	switch {
+	case data == nil:
+	case !six:
 		(*unix.Inet4Pktinfo)(unsafe.Pointer(&data[0])).Ifindex = 0
+	default:
+		if info := (*unix.Inet6Pktinfo)(unsafe.Pointer(&data[0])); !netip.AddrFrom16(info.Addr).IsLinkLocalUnicast() {
+			info.Ifindex = 0
+		}
 	}
 	return oob
 }
