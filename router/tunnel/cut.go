@@ -12,6 +12,7 @@ const (
 	planCut                  // into TCP segments or UDP datagrams
 	planFragment             // into IPv4 fragments, after cutting it to datagrams if it holds several
 	planTooBig               // its sender must be told
+	planParts                // it may not be refused: in parts, as a whole (IPv6 packets of up to 1,280 bytes)
 	planBad                  // makes no sense
 	planNoFit                // too big, and nobody to be told
 )
@@ -120,6 +121,9 @@ func (c *cutter) plan(room int) plan {
 	}
 	if !c.p.v6 && c.frame[c.p.l3+6]&0x40 == 0 {
 		return planFragment
+	}
+	if c.p.v6 && !super && c.p.end-c.p.l3 <= ipv6MinMTU && len(c.frame) <= maxWhole-frameLenLen {
+		return planParts
 	}
 	return planTooBig
 }

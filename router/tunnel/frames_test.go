@@ -390,6 +390,7 @@ func TestPlans(t *testing.T) {
 		{"IPv4", big.build(), 1423, planFragment},
 		{"IPv4 with DF", bigDF.build(), 1423, planTooBig},
 		{"IPv6", big6.build(), 1423, planTooBig},
+		{"IPv6 of the smallest MTU", frameSpec{udp: true, v6: true, payload: 1280 - 48}.build(), 1000, planParts},
 		{"multicast", multicast(big.build()), 1000, planFragment},
 		{"superframe of large datagrams", frameSpec{udp: true, payload: 5000, gso: 1382, partial: true}.build(), 1000, planFragment},
 		{"SYN", frameSpec{flags: tcpSYN, payload: 2000, df: true}.build(), 1000, planTooBig},

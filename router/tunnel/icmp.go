@@ -3,7 +3,7 @@ package tunnel
 import "encoding/binary"
 
 // maxTooBig is the largest frame that tooBig makes: IPv6's minimum MTU and an Ethernet header with tags.
-const maxTooBig = 1280 + etherLen + 8
+const maxTooBig = ipv6MinMTU + etherLen + 8
 
 // tooBig writes to dst the frame that tells the sender of frame, an IP packet at p, that the path carries
 // packets of mtu bytes: ICMP "fragmentation needed" (RFC 1191 4) or ICMPv6 "packet too big"
@@ -22,7 +22,7 @@ func tooBig(dst, frame []byte, p packet, mtu int) int {
 		if ip[8] == 0xff || ip[24] == 0xff || ip[6] == protoICMPv6 && (len(ip) <= ipv6HeaderLen || ip[ipv6HeaderLen] < 128) {
 			return 0
 		}
-		quoted := min(len(ip), 1280-ipv6HeaderLen-8)
+		quoted := min(len(ip), ipv6MinMTU-ipv6HeaderLen-8)
 		icmp := 8 + quoted
 		clear(out[:ipv6HeaderLen+8])
 		out[0] = 6 << 4
@@ -32,7 +32,7 @@ func tooBig(dst, frame []byte, p packet, mtu int) int {
 		copy(out[24:40], ip[8:24])
 		b := out[ipv6HeaderLen : ipv6HeaderLen+icmp]
 		b[0] = 2
-		binary.BigEndian.PutUint32(b[4:], uint32(max(mtu, 1280)))
+		binary.BigEndian.PutUint32(b[4:], uint32(max(mtu, ipv6MinMTU)))
 		copy(b[8:], ip[:quoted])
 		c := sum(out[8:40], uint64(protoICMPv6)+uint64(icmp))
 		binary.BigEndian.PutUint16(b[2:], ^fold(sum(b, c)))

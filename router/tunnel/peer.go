@@ -73,15 +73,15 @@ type counters struct {
 
 const maxPending = 16
 
-// reassembly puts messages together that came in parts. One message at a time: the next one's first
-// part pushes out what is incomplete.
+// reassembly puts bodies together that came in parts. One at a time: the first part of the next one pushes
+// out what is incomplete.
 type reassembly struct {
 	id   uint16
 	got  [maxParts][]byte
 	have int
 }
 
-// add takes one part and returns the message when it was the last one missing.
+// add takes one part and returns the body when it was the last one missing, behind vnetLen spare bytes.
 func (r *reassembly) add(p part) []byte {
 	if r.have == 0 || r.id != p.id {
 		*r = reassembly{id: p.id}
@@ -94,15 +94,16 @@ func (r *reassembly) add(p part) []byte {
 	if r.have < int(p.count) {
 		return nil
 	}
-	var msg []byte
+	body := make([]byte, vnetLen, vnetLen+maxWhole)
 	for _, piece := range r.got[:p.count] {
-		if piece == nil {
+		if piece == nil || len(body)+len(piece) > vnetLen+maxWhole {
+			*r = reassembly{}
 			return nil
 		}
-		msg = append(msg, piece...)
+		body = append(body, piece...)
 	}
 	*r = reassembly{}
-	return msg[:min(len(msg), MaxMessage)]
+	return body
 }
 
 // route is how to send to a peer right now.

@@ -131,6 +131,10 @@ func (p *pump) send(dst mesh.PeerName, now time.Time) {
 	case planFragment:
 		p.fragment(&r, room)
 		p.big(&r, room)
+	case planParts:
+		p.out.flush() // keep the order
+		t.sendRoute(&r, c.body())
+		p.big(&r, room)
 	case planTooBig:
 		p.big(&r, room)
 		n := tooBig(p.reply[vnetLen:], c.frame, c.p, room-c.p.l3)
@@ -187,12 +191,16 @@ func (p *pump) want(dst mesh.PeerName, known *peer) {
 		}
 		return
 	}
+	t.post(event{kind: eventWant, name: dst, body: c.body()})
+}
+
+// body is the loaded frame as the body of a datagram, in memory of its own.
+func (c *cutter) body() []byte {
 	word := uint16(len(c.frame))
 	if c.partial {
 		word |= framePartial
 	}
-	body := append([]byte{byte(word >> 8), byte(word)}, c.frame...)
-	t.post(event{kind: eventWant, name: dst, body: body})
+	return append([]byte{byte(word >> 8), byte(word)}, c.frame...)
 }
 
 // touch takes note, to the second, that the session is in use.

@@ -205,10 +205,18 @@ func (r *receiver) part(p *peer, body []byte) {
 	}
 	r.t.touch(p, r.now)
 	p.partMu.Lock()
-	msg := p.parts.add(pt)
+	buf := p.parts.add(pt)
 	p.partMu.Unlock()
-	if msg != nil {
-		r.t.cfg.Handler.Message(p.name, msg)
+	if len(buf) <= vnetLen {
+		return
+	}
+	switch body := buf[vnetLen:]; {
+	case body[0] < kindMessage:
+		r.frames(p, buf, vnetLen, len(buf))
+	case body[0] == kindMessage:
+		r.t.cfg.Handler.Message(p.name, body[1:])
+	default:
+		r.t.drops.add(dropBody)
 	}
 }
 

@@ -42,22 +42,21 @@ func (t *Tunnel) sendBody(dst mesh.PeerName, body []byte) {
 	}
 }
 
-// sendRoute sends a body over r, a message in parts where the path is too narrow for it.
+// sendRoute sends a body over r, in parts where the path is too narrow for it.
 func (t *Tunnel) sendRoute(r *route, body []byte) {
-	if body[0] < kindMessage { // a frame that waited for the session
+	if body[0] < kindMessage { // a single frame
 		r.peer.stats.framesOut.Add(1)
 		r.peer.stats.bytesOut.Add(uint64(len(body) - frameLenLen))
 	}
 	room := r.mtu - dataHeaderLen - sealLen
-	if len(body) <= room || body[0] != kindMessage {
+	if len(body) <= room {
 		t.writeBody(r, body)
 		return
 	}
-	msg := body[1:]
 	per := room - partLen
-	p := part{id: uint16(r.peer.partID.Add(1)), count: byte((len(msg) + per - 1) / per)}
-	for at := 0; at < len(msg); at += per {
-		p.piece = msg[at:min(at+per, len(msg))]
+	p := part{id: uint16(r.peer.partID.Add(1)), count: byte((len(body) + per - 1) / per)}
+	for at := 0; at < len(body); at += per {
+		p.piece = body[at:min(at+per, len(body))]
 		t.writeBody(r, appendPart(nil, p))
 		p.index++
 	}

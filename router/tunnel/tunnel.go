@@ -186,6 +186,18 @@ func (t *Tunnel) Listen() error {
 	return nil
 }
 
+// Attach gives a tunnel that was built without ports its ports, before Run: sockets come before devices,
+// because a port that is taken is found out with the sockets. tso and uso: see Config.
+func (t *Tunnel) Attach(ports []Port, tso, uso bool) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.ran {
+		return errors.New("tunnel: Attach comes before Run")
+	}
+	t.cfg.Ports, t.cfg.TSO, t.cfg.USO = ports, tso, uso
+	return nil
+}
+
 // Run serves until ctx ends, then says goodbye to the peers and closes the sockets. The ports stay
 // open but must be closed by their owner for Run to return: a pump waits in Read.
 func (t *Tunnel) Run(ctx context.Context) error {

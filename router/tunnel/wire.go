@@ -56,7 +56,7 @@ const (
 	kindProbe   = 0x81 // are you there, and does this size get through
 	kindAck     = 0x82 // answer to a probe
 	kindClose   = 0x83 // goodbye, or refused: code and text
-	kindPart    = 0x84 // piece of a message that the path is too narrow for
+	kindPart    = 0x84 // piece of a body that the path is too narrow for
 )
 
 // Before each frame stand two bytes: bit 15 is zero, bit 14 says that the transport checksum holds only
@@ -171,7 +171,9 @@ func parseAck(b []byte) (a ack, ok bool) {
 	return ack{binary.BigEndian.Uint32(b[1:]), binary.BigEndian.Uint16(b[5:])}, true
 }
 
-// part is the body of kindPart: piece number index of count; all pieces of a message share an id.
+// part is the body of kindPart: piece number index of count, of a body that holds a message, or one frame
+// with an IPv6 packet of up to 1,280 bytes, which may not be refused (RFC 8200 5). All pieces of a body
+// share an id.
 //
 //	0        1                 3        4        5
 //	+--------+-----------------+--------+--------+----------------
@@ -185,7 +187,12 @@ type part struct {
 
 const (
 	partLen  = 1 + 2 + 1 + 1
-	maxParts = 4 // MaxMessage over the narrowest path, with room
+	maxParts = 4 // maxWhole over the narrowest path, with room
+	// maxWhole is the largest body that is sent in parts: an IPv6 packet of the smallest MTU, in a frame
+	// with two tags.
+	maxWhole = frameLenLen + etherLen + 2*4 + ipv6MinMTU
+
+	ipv6MinMTU = 1280
 )
 
 func appendPart(b []byte, p part) []byte {
