@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"strings"
 
 	"meshd/container"
 	"meshd/control"
@@ -133,3 +134,45 @@ func (n handmade) resolve(ctx context.Context, r control.NameRequest) (container
 func (n handmade) Domain() string { return n.h.cfg.DNS.Domain }
 
 func (n handmade) Server() netip.AddrPort { return n.h.names.Addr() }
+
+// addressRing is ipam's ring to the control API.
+type addressRing struct{ h *house }
+
+func (a addressRing) Prime(ctx context.Context) error { return a.h.addresses.Prime(ctx) }
+
+// RemovePeer takes a name or a nickname. Nobody of that name, or this peer itself, is 0 addresses.
+func (a addressRing) RemovePeer(ctx context.Context, peer string) (int, error) {
+	name, err := mesh.ParsePeerName(peer)
+	if err != nil {
+		for _, p := range a.h.gossip.Status().Peers {
+			if p.NickName == peer {
+				name = p.Name
+			}
+		}
+	}
+	if name.IsZero() || name == a.h.self {
+		return 0, nil
+	}
+	return a.h.addresses.RemovePeer(ctx, name)
+}
+
+func (a addressRing) Leave(ctx context.Context) error {
+	_, err := a.h.addresses.LeaveAll(ctx)
+	return err
+}
+
+func (a addressRing) Repair(ctx context.Context) (string, error) {
+	collisions, err := a.h.addresses.Repair(ctx)
+	if err != nil {
+		return "", err
+	}
+	if len(collisions) == 0 {
+		return "the rings are one; nothing has to be renumbered\n", nil
+	}
+	var b strings.Builder
+	b.WriteString("the rings are one; these have to be renumbered:\n")
+	for _, c := range collisions {
+		fmt.Fprintf(&b, "%s of %s, which %s has too\n", c.Addr, c.Owner, c.With)
+	}
+	return b.String(), nil
+}

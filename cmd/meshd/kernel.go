@@ -46,7 +46,7 @@ func (k *kernelPath) open(cfg fastdp.Config, disabled bool) error {
 	}
 	k.dp.Store(dp)
 	if !cfg.GuardOnly {
-		k.h.gossip.SetFlags(router.FlagKernel, 0)
+		k.h.gossip.Update(func(p *router.Peer) { p.Flags |= router.FlagKernel })
 	}
 	return nil
 }

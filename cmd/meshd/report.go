@@ -10,6 +10,7 @@ import (
 
 	"meshd/control"
 	"meshd/fastdp"
+	"meshd/ipam"
 	"meshd/mesh"
 	"meshd/router"
 	"meshd/router/gossip"
@@ -23,8 +24,14 @@ func (h *house) Report() control.Report {
 	if st.Conflict != "" {
 		r.Problems = append(r.Problems, st.Conflict)
 	}
+	if h.kernel.off != "" && !h.cfg.Overlay.NoFastDP {
+		r.Problems = append(r.Problems, "no kernel path: "+h.kernel.off)
+	}
 	kernel := h.kernel.status()
 	r.Router = h.routerReport(st, kernel)
+	if h.cfg.Addresses.Range.IsValid() {
+		r.IPAM = h.ipamReport(st, &r.Problems)
+	}
 	if h.names != nil {
 		s := h.names.Status()
 		if s.Problem != "" {
@@ -43,6 +50,46 @@ func (h *house) Report() control.Report {
 		r.Proxy = &control.Proxy{Addresses: h.proxy.Addresses()}
 	}
 	return r
+}
+
+func (h *house) ipamReport(st gossip.Status, problems *[]string) *control.IPAM {
+	s := h.addresses.Status()
+	r := &control.IPAM{
+		Status: s.State, Range: s.Range.String(), RangeNumIPs: 1 << (s.Range.Addr().BitLen() - s.Range.Bits()),
+		ActiveIPs: s.Active, DefaultSubnet: s.Default.String(), Cluster: s.Cluster, PendingAllocates: s.PendingAllocates,
+	}
+	if s.State == ipam.StateConsensus {
+		r.Paxos = &control.Paxos{Elector: h.cfg.Addresses.Init == InitConsensus, KnownNodes: s.Known, Quorum: s.Quorum}
+	}
+	if s.Why != "" {
+		r.Waiting = append(r.Waiting, s.Why)
+	}
+	for _, addr := range s.PendingClaims {
+		r.PendingClaims = append(r.PendingClaims, control.PendingClaim{Address: addr})
+	}
+	for _, e := range s.Entries {
+		r.Entries = append(r.Entries, control.RingEntry{
+			Size: int(e.Owned), Peer: e.Peer, Nickname: nickOf(st, e.Peer), IsKnownPeer: e.Reachable, Version: uint64(e.Life),
+		})
+	}
+	for _, c := range s.Collisions {
+		r.Conflicts = append(r.Conflicts, fmt.Sprintf("%v of %s is also held by %s: renumber one of them", c.Addr, c.Owner, c.With))
+	}
+	for _, x := range s.Strangers {
+		r.Conflicts = append(r.Conflicts, strangerText(x, nickOf(st, x.Peer), s))
+	}
+	if s.DiskError != "" {
+		*problems = append(*problems, "addresses cannot be stored: "+s.DiskError)
+	}
+	*problems = append(*problems, r.Conflicts...)
+	return r
+}
+
+func strangerText(x ipam.Stranger, nick string, own ipam.Status) string {
+	if x.Range.IsValid() && x.Range != own.Range {
+		return fmt.Sprintf("peer %v(%s) has the range %v, this one %v: restart one with the other's --ipalloc-range", x.Peer, nick, x.Range, own.Range)
+	}
+	return fmt.Sprintf("peer %v(%s) belongs to the cluster %s, this one to %s: \"meshctl ipam repair\" merges their addresses", x.Peer, nick, x.Cluster, own.Cluster)
 }
 
 func (h *house) routerReport(st gossip.Status, kernel map[mesh.PeerName]fastdp.PathStatus) *control.Router {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"path/filepath"
 	"time"
 
@@ -16,6 +17,7 @@ import (
 	"meshd/dns"
 	"meshd/dns/records"
 	"meshd/fastdp"
+	"meshd/ipam"
 	"meshd/mesh"
 	"meshd/proxy"
 	"meshd/router"
@@ -39,18 +41,20 @@ type house struct {
 
 	host     *hostnet.Host
 	mtu      int // bytes of the overlay's packets
-	tap      *hostnet.TAP
 	switcher *router.Switch
 	gossip   *gossip.Node
 	tunnel   *tunnel.Tunnel
 	records  *records.Table
 	names    *dns.Server // nil with --no-dns
-	kernel   *kernelPath
 
+	addresses  *ipam.Allocator
 	docker     *docker.Client // nil without Docker
 	containers *container.Manager
 	proxy      *proxy.Proxy // nil without
 	control    *control.Server
+
+	tap    *hostnet.TAP
+	kernel *kernelPath
 }
 
 // serve builds the rooms, runs them until ctx is done and returns the first failure.
@@ -58,7 +62,11 @@ func serve(ctx context.Context, cfg Config, log *slog.Logger, notify *notifier) 
 	h := &house{cfg: cfg, log: log}
 	h.kernel = newKernelPath(h)
 	defer h.close()
-	for _, build := range []func() error{h.openState, h.openHost, h.buildMesh, h.buildNames, h.openKernel, h.buildContainers, h.openControl} {
+	// What can be refused comes first, so that a refused start leaves nothing behind.
+	for _, build := range []func() error{
+		h.openState, h.checkHost, h.buildMesh, h.buildNames, h.buildAddresses, h.buildContainers, h.openControl,
+		h.openDevices, h.openKernel,
+	} {
 		if err := build(); err != nil {
 			return err
 		}
@@ -81,27 +89,55 @@ func (h *house) openState() error {
 	return nil
 }
 
-func (h *house) openHost() error {
-	o := h.cfg.Overlay
+// checkHost looks at the host's network and changes nothing: what is wrong is known before anything is made.
+func (h *house) checkHost() error {
 	var err error
 	if h.host, err = hostnet.Open(hostConfig(h.cfg, h.log)); err != nil {
 		return err
 	}
-	if h.mtu = o.MTU; h.mtu == 0 {
+	if h.mtu = h.cfg.Overlay.MTU; h.mtu == 0 {
 		if h.mtu, err = overlayMTU(h.host); err != nil {
 			return err
 		}
 	}
+	return errors.Join(h.host.Check(), h.checkRange())
+}
+
+// checkRange refuses the default range where the host routes a part of it elsewhere. Somebody who chose the
+// range knows better and is warned.
+func (h *house) checkRange() error {
+	a := h.cfg.Addresses
+	if !a.Range.IsValid() {
+		return nil
+	}
+	err := h.host.CheckOverlap(a.Range)
+	if err == nil {
+		return nil
+	}
+	if a.RangeGiven {
+		h.log.Warn("containers cannot reach a part of what the host routes", "err", err)
+		return nil
+	}
+	return fmt.Errorf("--ipalloc-range: %w", err)
+}
+
+// openDevices makes or adopts the bridge and the TAP.
+func (h *house) openDevices() error {
 	if _, err := h.host.EnsureBridge(hostnet.BridgeSpec{MTU: h.mtu}); err != nil {
 		return err
 	}
+	var err error
 	if h.tap, err = h.host.OpenTAP(tapQueues); err != nil {
 		return err
 	}
 	if missing := h.tap.Offload.Missing; missing != "" {
 		h.log.Warn("the userspace path is slower than it could be", "missing", missing)
 	}
-	return nil
+	var ports []tunnel.Port
+	for _, q := range h.tap.Queues() {
+		ports = append(ports, q)
+	}
+	return h.tunnel.Attach(ports, h.tap.Offload.TSO, h.tap.Offload.USO)
 }
 
 // tapQueues is how many goroutines read frames from the bridge.
@@ -154,19 +190,12 @@ func (h *house) buildMesh() error {
 		OnPeers:     h.onPeers,
 		Log:         h.log.With("room", "gossip"),
 	}, under)
-	var ports []tunnel.Port
-	for _, q := range h.tap.Queues() {
-		ports = append(ports, q)
-	}
 	h.tunnel, err = tunnel.New(tunnel.Config{
 		Identity: h.id,
 		Hello:    router.Hello{Name: h.self, Run: h.run, NickName: u.NickName, Port: u.Port},
 		PSKs:     psks,
 		Trusted:  u.TrustedSubnets,
 		Listen:   listenAddr(u),
-		Ports:    ports,
-		TSO:      h.tap.Offload.TSO,
-		USO:      h.tap.Offload.USO,
 		MTU:      h.mtu,
 		Accept:   h.gossip.Accept,
 		Router:   routes,
@@ -241,12 +270,36 @@ func (h *house) openKernel() error {
 	}, o.NoFastDP)
 }
 
+func (h *house) buildAddresses() error {
+	a := h.cfg.Addresses
+	var err error
+	h.addresses, err = ipam.New(ipam.Config{
+		Name: h.self, Range: a.Range, DefaultSubnet: a.DefaultSubnet,
+		Init: ipam.Init{
+			Mode: map[InitMode]ipam.Mode{InitConsensus: ipam.Consensus, InitSeed: ipam.Seed, InitObserver: ipam.Observer}[a.Init],
+			N:    a.Peers, Seed: a.Seeds,
+		},
+		ReclaimAfter: a.ReclaimAfter, WaitForLive: true, Store: h.state, Network: h, Log: h.log.With("room", "ipam"),
+	})
+	if err != nil {
+		return err
+	}
+	h.gossip.AddTable(mesh.ChanRing, h.addresses.Table())
+	h.gossip.Handle(mesh.ChanAddresses, h.addresses.Message)
+	h.gossip.Subscribe(func(ev gossip.PeerEvent) {
+		h.addresses.SetPeerState(ev.Peer, map[router.PeerState]ipam.PeerState{
+			router.Alive: ipam.Alive, router.Suspect: ipam.Suspect, router.Gone: ipam.Gone,
+		}[ev.State])
+	})
+	return nil
+}
+
 func (h *house) buildContainers() error {
 	d := h.cfg.Docker
 	cfg := container.Config{
 		Peer: h.self, Domain: h.cfg.DNS.Domain,
-		Network: h.host, Bridge: h.host, Allocator: &tempAlloc{}, Announcer: h.records, Store: h.state,
-		OpenNamespace: hostnet.OpenNamespace, CheckOverlap: h.host.CheckOverlap,
+		Network: h.host, Bridge: h.host, Allocator: h.addresses, Announcer: h.records, Store: h.state,
+		OpenNamespace: hostnet.OpenNamespace, CheckOverlap: h.host.CheckOverlap, Reclaim: h.reclaim,
 		Log: h.log.With("room", "container"),
 	}
 	if d.API != "" {
@@ -265,7 +318,7 @@ func (h *house) buildContainers() error {
 	}
 	p := d.Proxy
 	pc := proxy.Config{
-		Listen: p.Listen, Docker: d.API, WaitDir: h.cfg.StateDir + "-wait", Ifname: h.cfg.Overlay.Ifname,
+		Listen: p.Listen, Docker: d.API, WaitDir: waitDir(h.cfg), Ifname: h.cfg.Overlay.Ifname,
 		NoDefaultIPAlloc: p.NoDefaultIPAlloc, NoRewriteHosts: p.NoRewriteHosts, NoMulticastRoute: p.NoMulticastRoute,
 		RewriteInspect: p.RewriteInspect, DNSDomain: h.cfg.DNS.Domain,
 		HostnameFromLabel: p.HostnameFromLabel, HostnameMatch: p.HostnameMatch, HostnameReplacement: p.HostnameReplacement,
@@ -284,7 +337,12 @@ func (h *house) buildContainers() error {
 }
 
 func (h *house) openControl() error {
-	backends := control.Backends{Reporter: h, Peers: targets{h}, Attachments: attachments{h.containers}}
+	backends := control.Backends{
+		Reporter: h, Peers: targets{h}, Attachments: attachments{h.containers}, Exposure: attachments{h.containers},
+	}
+	if h.cfg.Addresses.Range.IsValid() {
+		backends.Addresses, backends.Ring = h.addresses, addressRing{h}
+	}
 	if h.names != nil {
 		backends.Names = handmade{h}
 	}
@@ -318,6 +376,7 @@ func (h *house) serve(ctx context.Context, notify *notifier) error {
 	if h.names != nil {
 		run("dns", h.names.Run)
 	}
+	run("ipam", h.addresses.Run)
 	run("kernel path", h.kernel.run)
 	run("hostnet", func(ctx context.Context) error { return h.host.Watch(ctx, h.onHost) })
 	run("switch", h.expireLoop)
@@ -335,6 +394,34 @@ func (h *house) serve(ctx context.Context, notify *notifier) error {
 	return g.Wait()
 }
 
+// Broadcast and Send make the house ipam's Network.
+func (h *house) Broadcast(ch mesh.Channel, delta []byte) { h.broadcast(ch, delta) }
+
+func (h *house) Send(to mesh.PeerName, ch mesh.Channel, msg []byte) error {
+	return h.gossip.Send(to, ch, msg)
+}
+
+// reclaim tells ipam what is attached in the kernel.
+func (h *house) reclaim(live map[string][]netip.Prefix) {
+	var list []ipam.Holding
+	for owner, addrs := range live {
+		for _, a := range addrs {
+			list = append(list, ipam.Holding{Owner: owner, Addr: a})
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), reclaimTime)
+	defer cancel()
+	collisions, err := h.addresses.Reclaim(ctx, list)
+	if err != nil {
+		h.log.Error("addresses are not handed out yet", "err", err)
+	}
+	for _, c := range collisions {
+		h.log.Error("two have the same address; one must be renumbered", "addr", c.Addr, "container", c.Owner, "with", c.With)
+	}
+}
+
+const reclaimTime = 10 * time.Second
+
 func (h *house) broadcast(ch mesh.Channel, delta []byte) {
 	if err := h.gossip.Broadcast(ch, delta); err != nil {
 		h.log.Error("a change reaches the peers late", "err", err) // by comparison of tables
@@ -343,11 +430,11 @@ func (h *house) broadcast(ch mesh.Channel, delta []byte) {
 
 // onHost is told what changed on the bridge.
 func (h *house) onHost(s hostnet.State) {
-	if len(s.Foreign) > 0 {
-		h.gossip.SetFlags(router.FlagForeign, 0)
-	} else {
-		h.gossip.SetFlags(0, router.FlagForeign)
-	}
+	h.gossip.Update(func(p *router.Peer) {
+		if p.Flags &^= router.FlagForeign; len(s.Foreign) > 0 {
+			p.Flags |= router.FlagForeign
+		}
+	})
 	h.containers.Recheck()
 	h.kernel.poke()
 }

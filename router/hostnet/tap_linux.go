@@ -120,6 +120,11 @@ func (h *Host) ensureTAP() (*netlink.Tuntap, error) {
 			return nil, errors.New("vanished while it was made")
 		}
 	}
+	return checkTAP(l)
+}
+
+// checkTAP tells a TAP that can be ours from everything else.
+func checkTAP(l netlink.Link) (*netlink.Tuntap, error) {
 	dev, ok := l.(*netlink.Tuntap)
 	switch {
 	case !ok || dev.Mode != netlink.TUNTAP_MODE_TAP:
