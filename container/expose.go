@@ -205,3 +205,15 @@ func (m *Manager) exposeAgain(ctx context.Context, r record) error {
 	}
 	return m.establishExposed(r)
 }
+
+// Exposed lists the exposed addresses that are remembered, and whether they are masqueraded.
+func (m *Manager) Exposed() map[netip.Prefix]bool {
+	out := map[netip.Prefix]bool{}
+	r, _ := m.record(mesh.OwnerExpose)
+	for _, h := range r.Holds {
+		if h.Held {
+			out[h.Addr] = h.Masquerade
+		}
+	}
+	return out
+}

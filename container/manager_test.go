@@ -541,6 +541,9 @@ func TestExpose(t *testing.T) {
 	for p, masquerade := range w.rules {
 		rules[p.String()] = masquerade
 	}
+	if got := w.manager().Exposed(); !maps.Equal(got, w.rules) {
+		t.Errorf("a restart knows of %v, want %v", got, w.rules)
+	}
 	if !maps.Equal(rules, want) {
 		t.Errorf("rules are %v, want %v", rules, want)
 	}

@@ -9,14 +9,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Reset removes every device of ours: ports, TAP, vxlan device and bridge, each only if it is of our kind.
-// It carries on after errors, and may be repeated.
+// Reset removes every device of ours, ports, TAP, vxlan device and bridge, each only if it is of our kind,
+// and the firewall's rules. It carries on after errors, and may be repeated.
 func (h *Host) Reset() error {
 	all, err := h.links()
 	if err != nil {
 		return err
 	}
-	var errs []error
+	errs := []error{h.NewFirewall(FirewallConfig{}).Remove()}
 	for _, l := range all {
 		if !h.isOurs(l) {
 			continue

@@ -1,0 +1,306 @@
+package hostnet
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"os"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/nftables"
+	netlinkconn "github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// FirewallConfig says what the firewall guards. New works on a copy.
+type FirewallConfig struct {
+	UDPPorts   []uint16     // closed to containers; nil means 6783 and 6784
+	TCPPorts   []uint16     // the same; nil means 6783; add a control port that listens on TCP
+	LocalPorts []uint16     // TCP ports on loopback, closed to all others; nil means 6782
+	Range      netip.Prefix // the mesh's addresses, between which nothing is masqueraded; may be zero
+}
+
+const (
+	checkEvery  = 500 * time.Millisecond // how often others' changes are looked for
+	legacyEvery = 5 * time.Second        // the same for iptables-legacy, which has no generation to ask for
+)
+
+// Firewall keeps the table `inet mesh`, and the rules that Docker's FORWARD chain needs beside it, as
+// they should be. The rules are applied as one transaction and put back when somebody flushes them.
+type Firewall struct {
+	host *Host
+	cfg  FirewallConfig
+
+	mu      sync.Mutex // guards what follows
+	exposed map[netip.Prefix]bool
+	logged  string // the last error
+
+	apply   sync.Mutex // held while rules are written; taken before mu
+	applied []chain    // what was written last
+	ipt     iptables
+	legacy  atomic.Bool // some rules are in iptables-legacy
+}
+
+// NewFirewall prepares a firewall and changes nothing.
+func (h *Host) NewFirewall(cfg FirewallConfig) *Firewall {
+	if cfg.UDPPorts == nil {
+		cfg.UDPPorts = []uint16{6783, 6784}
+	}
+	if cfg.TCPPorts == nil {
+		cfg.TCPPorts = []uint16{6783}
+	}
+	if cfg.LocalPorts == nil {
+		cfg.LocalPorts = []uint16{6782}
+	}
+	return &Firewall{host: h, cfg: cfg, exposed: map[netip.Prefix]bool{}, ipt: iptables{host: h}}
+}
+
+// Expose lets the subnet of p through this host, with other machines as guests or, masqueraded, outside.
+func (f *Firewall) Expose(p netip.Prefix, masquerade bool) error {
+	if p.Addr().Is4() {
+		if err := f.forwardIPv4(); err != nil {
+			return err
+		}
+	}
+	f.mu.Lock()
+	f.exposed[p] = masquerade
+	f.mu.Unlock()
+	return f.Apply()
+}
+
+// Assume takes what was exposed before a restart as still exposed, and applies nothing yet, so that the
+// first Apply does not take rules away that are about to be wanted again.
+func (f *Firewall) Assume(exposed map[netip.Prefix]bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	maps.Copy(f.exposed, exposed)
+}
+
+// forwardIPv4 makes the host route, as it must for exposed subnets. For IPv6 that is left to people: it
+// would make the host deaf to the router advertisements by which it has its own addresses.
+func (f *Firewall) forwardIPv4() error {
+	return inNamespace(f.host.ns, func() error {
+		now, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward")
+		if err == nil && strings.TrimSpace(string(now)) == "1" {
+			return nil
+		}
+		f.host.log.Info("this host now forwards IPv4, for it is exposed")
+		return setSysctl("1", "ipv4", "ip_forward")
+	})
+}
+
+// Hide undoes Expose; for what is not exposed it does nothing.
+func (f *Firewall) Hide(p netip.Prefix) error {
+	f.mu.Lock()
+	delete(f.exposed, p)
+	f.mu.Unlock()
+	return f.Apply()
+}
+
+// Apply writes the rules if they are not there as they should be.
+func (f *Firewall) Apply() error {
+	f.apply.Lock()
+	defer f.apply.Unlock()
+	w, err := f.wish()
+	if err != nil {
+		return err
+	}
+	want := w.ruleset()
+	if !reflect.DeepEqual(want, f.applied) || !f.intact(want) {
+		if err := f.write(want); err != nil {
+			return err
+		}
+		f.applied = want
+	}
+	err = f.ipt.apply(w)
+	f.legacy.Store(f.ipt.legacy())
+	return err
+}
+
+// wish gathers what the rules depend on.
+func (f *Firewall) wish() (wish, error) {
+	mac, _, err := f.host.Bridge()
+	if err != nil && !errors.Is(err, ErrNoBridge) {
+		return wish{}, err
+	}
+	state, err := f.host.State()
+	if err != nil {
+		return wish{}, err
+	}
+	w := wish{
+		bridge: f.host.cfg.Bridge, mac: mac, docker: state.Docker, within: f.cfg.Range,
+		udp: f.cfg.UDPPorts, tcp: f.cfg.TCPPorts, local: f.cfg.LocalPorts,
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for p, masquerade := range f.exposed {
+		subnet := p.Masked()
+		if !slices.Contains(w.exposed, subnet) {
+			w.exposed = append(w.exposed, subnet)
+		}
+		if masquerade && !slices.Contains(w.masq, subnet) {
+			w.masq = append(w.masq, subnet)
+		}
+	}
+	slices.SortFunc(w.exposed, netip.Prefix.Compare)
+	slices.SortFunc(w.masq, netip.Prefix.Compare)
+	return w, nil
+}
+
+func (f *Firewall) conn() (*nftables.Conn, error) {
+	return nftables.New(nftables.WithNetNSFd(int(f.host.ns.Fd())))
+}
+
+// write replaces the whole table in one transaction, so that no packet ever meets half of it.
+func (f *Firewall) write(want []chain) error {
+	c, err := f.conn()
+	if err != nil {
+		return fmt.Errorf("nftables: %w", err)
+	}
+	t := &nftables.Table{Family: nftables.TableFamilyINet, Name: tableName}
+	c.AddTable(t) // so that there is one to delete
+	c.DelTable(t)
+	c.AddTable(t)
+	for _, ch := range want {
+		c.AddChain(&nftables.Chain{Table: t, Name: ch.name, Type: ch.kind, Hooknum: ch.hook, Priority: ch.prio})
+	}
+	for _, ch := range want {
+		for _, r := range ch.rules {
+			c.AddRule(&nftables.Rule{Table: t, Chain: &nftables.Chain{Table: t, Name: ch.name}, Exprs: r.exprs, UserData: r.comment()})
+		}
+	}
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("nftables: write table inet %s: %w", tableName, err)
+	}
+	return nil
+}
+
+// intact reports whether the kernel has the chains and rules that want lists. Rules are known by their comments.
+func (f *Firewall) intact(want []chain) bool {
+	c, err := f.conn()
+	if err != nil {
+		return false
+	}
+	t := &nftables.Table{Family: nftables.TableFamilyINet, Name: tableName}
+	if found, err := c.ListTableOfFamily(tableName, nftables.TableFamilyINet); err != nil || found.Flags&unix.NFT_TABLE_F_DORMANT != 0 {
+		return false
+	}
+	for _, ch := range want {
+		got, err := c.GetRules(t, &nftables.Chain{Table: t, Name: ch.name})
+		if err != nil || len(got) != len(ch.rules) {
+			return false
+		}
+		for i, r := range ch.rules {
+			if !bytes.Equal(got[i].UserData, r.comment()) {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// Run keeps the rules until ctx ends, and leaves them then. It notices others' changes by the generation
+// of the kernel's ruleset, which costs one small question twice a second.
+func (f *Firewall) Run(ctx context.Context) error {
+	watch := make(chan error, 1)
+	go func() { watch <- f.host.Watch(ctx, func(State) { f.applyLogged() }) }()
+	defer func() { <-watch }()
+	tick := time.NewTicker(checkEvery)
+	defer tick.Stop()
+	var last uint32
+	checked := time.Now()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case now := <-tick.C:
+			gen, err := f.generation()
+			due := f.legacy.Load() && now.Sub(checked) >= legacyEvery
+			if err != nil || gen != last || due {
+				f.applyLogged()
+				checked = now
+				if last, err = f.generation(); err != nil {
+					last = 0
+				}
+			}
+		}
+	}
+}
+
+// applyLogged says what is wrong once, not with every try.
+func (f *Firewall) applyLogged() {
+	text := ""
+	if err := f.Apply(); err != nil {
+		text = err.Error()
+	}
+	f.mu.Lock()
+	news := text != f.logged
+	f.logged = text
+	f.mu.Unlock()
+	switch {
+	case news && text != "":
+		f.host.log.Warn("the firewall is not as it should be; trying again", "err", text)
+	case news:
+		f.host.log.Info("the firewall is as it should be again")
+	}
+}
+
+// generation asks for the number of the ruleset's last change (NFT_MSG_GETGEN).
+func (f *Firewall) generation() (uint32, error) {
+	c, err := netlinkconn.Dial(unix.NETLINK_NETFILTER, &netlinkconn.Config{NetNS: int(f.host.ns.Fd())})
+	if err != nil {
+		return 0, err
+	}
+	defer c.Close()
+	replies, err := c.Execute(netlinkconn.Message{
+		Header: netlinkconn.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN, Flags: netlinkconn.Request},
+		Data:   []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, 0},
+	})
+	if err != nil {
+		return 0, err
+	}
+	for _, r := range replies {
+		if len(r.Data) < 4 {
+			continue
+		}
+		ad, err := netlinkconn.NewAttributeDecoder(r.Data[4:])
+		if err != nil {
+			return 0, err
+		}
+		ad.ByteOrder = binary.BigEndian
+		for ad.Next() {
+			if ad.Type() == unix.NFTA_GEN_ID {
+				return ad.Uint32(), nil
+			}
+		}
+	}
+	return 0, errors.New("nftables: no generation in the answer")
+}
+
+// Remove takes all rules of ours away.
+func (f *Firewall) Remove() error {
+	f.apply.Lock()
+	defer f.apply.Unlock()
+	f.applied = nil
+	errs := []error{f.ipt.remove()}
+	c, err := f.conn()
+	if err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	t := &nftables.Table{Family: nftables.TableFamilyINet, Name: tableName}
+	c.AddTable(t)
+	c.DelTable(t)
+	if err := c.Flush(); err != nil {
+		errs = append(errs, fmt.Errorf("nftables: remove table inet %s: %w", tableName, err))
+	}
+	return errors.Join(errs...)
+}
