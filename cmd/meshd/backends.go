@@ -2,12 +2,14 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
 
 	"meshd/container"
 	"meshd/control"
+	"meshd/ipam"
 	"meshd/mesh"
 	"meshd/proxy"
 )
@@ -156,8 +158,14 @@ func (a addressRing) RemovePeer(ctx context.Context, peer string) (int, error) {
 	return a.h.addresses.RemovePeer(ctx, name)
 }
 
+// Leave gives the space to an heir. The last peer has none, and then nobody misses the space.
 func (a addressRing) Leave(ctx context.Context) error {
-	_, err := a.h.addresses.LeaveAll(ctx)
+	n, err := a.h.addresses.LeaveAll(ctx)
+	if errors.Is(err, ipam.ErrNoHeir) {
+		a.h.log.Info("nobody is there to take the addresses over")
+		return nil
+	}
+	a.h.log.Info("gave the address space away", "addresses", n, "err", err)
 	return err
 }
 

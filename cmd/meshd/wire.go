@@ -50,6 +50,7 @@ type house struct {
 	addresses  *ipam.Allocator
 	docker     *docker.Client // nil without Docker
 	containers *container.Manager
+	firewall   *hostnet.Firewall
 	proxy      *proxy.Proxy // nil without
 	control    *control.Server
 
@@ -296,9 +297,10 @@ func (h *house) buildAddresses() error {
 
 func (h *house) buildContainers() error {
 	d := h.cfg.Docker
+	h.firewall = h.host.NewFirewall(firewallConfig(h.cfg))
 	cfg := container.Config{
 		Peer: h.self, Domain: h.cfg.DNS.Domain,
-		Network: h.host, Bridge: h.host, Allocator: h.addresses, Announcer: h.records, Store: h.state,
+		Network: h.host, Bridge: h.host, Firewall: h.firewall, Allocator: h.addresses, Announcer: h.records, Store: h.state,
 		OpenNamespace: hostnet.OpenNamespace, CheckOverlap: h.host.CheckOverlap, Reclaim: h.reclaim,
 		Log: h.log.With("room", "container"),
 	}
@@ -313,6 +315,7 @@ func (h *house) buildContainers() error {
 	if h.containers, err = container.New(cfg); err != nil {
 		return err
 	}
+	h.firewall.Assume(h.containers.Exposed())
 	if !d.Proxy.On || d.API == "" {
 		return nil
 	}
@@ -334,6 +337,25 @@ func (h *house) buildContainers() error {
 	}
 	h.proxy, err = proxy.New(pc, containers{h.containers}, h.log.With("room", "proxy"))
 	return err
+}
+
+// firewallConfig closes to containers what only peers and the host itself have business with.
+func firewallConfig(cfg Config) hostnet.FirewallConfig {
+	fw := hostnet.FirewallConfig{
+		UDPPorts:   []uint16{cfg.Underlay.Port, cfg.Underlay.VXLANPort},
+		TCPPorts:   []uint16{cfg.Underlay.Port},
+		LocalPorts: []uint16{},
+		Range:      cfg.Addresses.Range,
+	}
+	for _, addr := range []string{cfg.Control.HTTPAddr, cfg.Control.StatusAddr, cfg.Control.MetricsAddr} {
+		if a, err := netip.ParseAddrPort(addr); err == nil && a.Addr().IsLoopback() {
+			fw.LocalPorts = append(fw.LocalPorts, a.Port())
+		}
+	}
+	if a, err := netip.ParseAddrPort(cfg.Control.HTTPAddr); err == nil {
+		fw.TCPPorts = append(fw.TCPPorts, a.Port())
+	}
+	return fw
 }
 
 func (h *house) openControl() error {
@@ -380,6 +402,7 @@ func (h *house) serve(ctx context.Context, notify *notifier) error {
 	run("kernel path", h.kernel.run)
 	run("hostnet", func(ctx context.Context) error { return h.host.Watch(ctx, h.onHost) })
 	run("switch", h.expireLoop)
+	run("firewall", h.firewall.Run)
 	run("containers", h.containers.Run)
 	if h.proxy != nil {
 		run("proxy", h.proxy.Run)
