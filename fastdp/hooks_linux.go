@@ -111,24 +111,19 @@ func (h *hooks) pinLink(k hook, l link.Link) error {
 	if err := os.MkdirAll(h.dir, 0o700); err != nil {
 		return err
 	}
-	if err := l.Pin(h.pinOf(k)); err == nil {
-		return nil
-	}
-	// A link that remembers a pin somebody removed cannot be pinned again under that descriptor.
+	// Through a descriptor that knows of no pin: one that does believes that it is still there.
 	info, err := l.Info()
 	if err != nil {
-		return err
+		return fmt.Errorf("pin %s: %w", k.program, err)
 	}
 	fresh, err := link.NewFromID(info.ID)
 	if err != nil {
 		return fmt.Errorf("pin %s: %w", k.program, err)
 	}
+	defer fresh.Close()
 	if err := fresh.Pin(h.pinOf(k)); err != nil {
-		fresh.Close()
 		return fmt.Errorf("pin %s: %w", k.program, err)
 	}
-	l.Close()
-	h.links[k] = fresh
 	return nil
 }
 

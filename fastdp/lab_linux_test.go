@@ -410,6 +410,23 @@ func (l *lab) allUp(within time.Duration) {
 	}
 }
 
+// carried waits until every host with containers has sent and received n more frames by the tunnel.
+func (l *lab) carried(n uint64) {
+	l.t.Helper()
+	for _, h := range l.hosts {
+		if len(h.cts) == 0 {
+			continue
+		}
+		begun := h.nonZero()
+		if !eventually(30*time.Second, func() bool {
+			now := h.nonZero()
+			return now["to_tunnel"] >= begun["to_tunnel"]+n && now["from_tunnel"] >= begun["from_tunnel"]+n
+		}) {
+			l.t.Fatalf("host %d: %v, and before %v", h.n, h.nonZero(), begun)
+		}
+	}
+}
+
 func (h *labHost) nonZero() map[string]uint64 {
 	out := make(map[string]uint64)
 	for name, c := range h.look().Counters {

@@ -175,8 +175,20 @@ func reasonNames(spec *ebpf.CollectionSpec) ([]string, error) {
 	return names, nil
 }
 
-// repairPins puts the directories and pins back that somebody removed.
+// repairPins puts the directories and pins back that somebody removed, and the lock with them.
 func (d *Datapath) repairPins() error {
+	locked, err := d.lock.Stat()
+	if err != nil {
+		return err
+	}
+	if now, err := os.Stat(d.cfg.PinDir); err != nil || !os.SameFile(now, locked) {
+		lock, err := preparePinDir(d.cfg.PinDir)
+		if err != nil {
+			return err
+		}
+		d.lock.Close()
+		d.lock = lock
+	}
 	if err := os.MkdirAll(d.obj.dir, 0o700); err != nil {
 		return err
 	}

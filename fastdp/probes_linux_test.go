@@ -11,6 +11,8 @@ import (
 	"os/exec"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The probe stream: numbered datagrams at a fixed rate from one container to another, counted there.
@@ -102,7 +104,10 @@ func receiveMain(arg string) int {
 		return 1
 	}
 	u := c.(*net.UDPConn)
-	u.SetReadBuffer(8 << 20)
+	if err := enlarge(u); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	fmt.Println("{}") // ready
 	stop := closedStdin()
 	go func() {
@@ -139,6 +144,21 @@ func receiveMain(arg string) int {
 	}
 	json.NewEncoder(os.Stdout).Encode(r)
 	return 0
+}
+
+// enlarge gives the socket more room than net.core.rmem_max: the tests are about the network's losses.
+func enlarge(c *net.UDPConn) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var failed error
+	if err := raw.Control(func(fd uintptr) {
+		failed = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 32<<20)
+	}); err != nil {
+		return err
+	}
+	return failed
 }
 
 // running is a stream under way.
