@@ -181,33 +181,52 @@ func TestBroadcastAndOtherFrames(t *testing.T) {
 		})
 	}
 
+	// The guard of container ports passes every EtherType from the port's own MAC address; a tag, which may
+	// hide a forged address, passes only where the guard is off.
 	for _, x := range []struct {
 		name string
 		tail []byte // EtherType and what follows the addresses
 	}{
-		{"Experimental", append([]byte{0x88, 0xb5}, "meshd other ethertype"...)},
-		{"VLAN", append([]byte{0x81, 0x00, 0x00, 0x2a, 0x88, 0xb5}, "meshd tagged"...)},
+		{"LocalExperimental1", append([]byte{0x88, 0xb5}, "meshd other ethertype"...)},
+		{"LocalExperimental2", append([]byte{0x88, 0xb6}, "meshd other ethertype"...)},
+		{"OUIExtended", append([]byte{0x88, 0xb7}, "meshd other ethertype"...)},
 		{"LLC", append([]byte{0x00, 0x10, 0xaa, 0xaa, 0x03}, "meshd 802.3..."...)},
 	} {
-		t.Run("Ethertype"+x.name, func(t *testing.T) {
-			w := w.in(t)
-			src, err := a.OpenFrames("ethmesh")
-			w.try(err)
-			defer src.Close()
-			for _, to := range []*member{b, c} {
-				in, err := to.OpenFrames("ethmesh")
-				w.try(err)
-				for _, dst := range [][]byte{{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, in.MAC} {
-					frame := append(append(append([]byte(nil), dst...), src.MAC...), x.tail...)
-					frame = append(frame, make([]byte, max(0, 60-len(frame)))...)
-					w.try(src.Send(frame))
-					got := in.Collect(300*time.Millisecond, func(f []byte) bool { return string(f) == string(frame) })
-					if got != 1 {
-						t.Errorf("to %s at %x: %d copies arrived unchanged, want 1", to.Name, dst, got)
-					}
-				}
-				w.try(in.Close())
+		t.Run("Ethertype"+x.name, func(t *testing.T) { w.in(t).passes(x.tail, a, b, c) })
+	}
+}
+
+// TestTaggedFramesWithoutGuard passes VLAN tags between containers where the guard of ports is off.
+func TestTaggedFramesWithoutGuard(t *testing.T) {
+	w := newWorld(t, 2, time.Minute)
+	w.mesh("--no-spoof-guard")
+	a := w.netns(w.Host(1), "a", "10.2.1.1/24")
+	b := w.netns(w.Host(2), "b", "10.2.1.2/24")
+	_, err := a.WaitPing(w.ctx, b.addr, 5*time.Second)
+	w.try(err)
+	w.passes(append([]byte{0x81, 0x00, 0x00, 0x2a, 0x88, 0xb7}, "meshd tagged"...), a, b)
+	w.passes(append([]byte{0x88, 0xb7}, "meshd other ethertype"...), b, a)
+}
+
+// passes sends a frame, broadcast and to each of the others, and wants one copy there, unchanged. tail is
+// the frame after its addresses.
+func (w *world) passes(tail []byte, from *member, to ...*member) {
+	w.t.Helper()
+	src, err := from.OpenFrames("ethmesh")
+	w.try(err)
+	defer src.Close()
+	for _, m := range to {
+		in, err := m.OpenFrames("ethmesh")
+		w.try(err)
+		for _, dst := range [][]byte{{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, in.MAC} {
+			frame := append(append(append([]byte(nil), dst...), src.MAC...), tail...)
+			frame = append(frame, make([]byte, max(0, 60-len(frame)))...)
+			w.try(src.Send(frame))
+			got := in.Collect(300*time.Millisecond, func(f []byte) bool { return string(f) == string(frame) })
+			if got != 1 {
+				w.t.Errorf("to %s at %x: %d copies of %x arrived unchanged, want 1", m.Name, dst, got, tail[:4])
 			}
-		})
+		}
+		w.try(in.Close())
 	}
 }

@@ -18,7 +18,7 @@ func (w *world) ifindexes(h *lab.Host, c *member) string {
 	inHost, err := h.Out(w.ctx, "/bin/sh", "-c", "for d in mesh mesh-tap; do echo $d $(cat /sys/class/net/$d/ifindex); done; "+
 		"ls /sys/class/net | grep vmesh")
 	w.try(err)
-	inContainer, err := c.Out(w.ctx, "ip", "-o", "addr", "show", "dev", "ethmesh")
+	inContainer, err := c.Out(w.ctx, "/bin/sh", "-c", "ip -o -4 addr show dev ethmesh; ip -o link show dev ethmesh | sed 's/.*link.ether//'")
 	w.try(err)
 	return inHost + "\n" + inContainer
 }

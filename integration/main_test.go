@@ -18,6 +18,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"meshd/integration/lab"
 	"meshd/integration/lab/probe"
 )
@@ -114,12 +116,20 @@ func (w *world) try(err error) {
 	}
 }
 
-// docker starts dockerd on the hosts, one after the other.
+// docker starts dockerd on the hosts and runs a container on each, for what Docker makes at the first one.
 func (w *world) docker(hosts ...*lab.Host) {
 	w.t.Helper()
+	var g errgroup.Group
 	for _, h := range hosts {
-		w.try(h.StartDocker(w.ctx))
+		g.Go(func() error {
+			if err := h.StartDocker(w.ctx); err != nil {
+				return err
+			}
+			_, err := h.Out(w.ctx, "docker", "run", "--rm", lab.Image, "true")
+			return err
+		})
 	}
+	w.try(g.Wait())
 }
 
 // launch starts meshd on a host and plans the check that a reset leaves nothing.

@@ -97,13 +97,13 @@ func (h *Host) Snapshot(ctx context.Context) (Snapshot, error) {
 			return err
 		}
 		for line := range strings.Lines(string(mounts)) {
-			if f := strings.Fields(line); len(f) > 5 {
+			if f := strings.Fields(line); len(f) > 5 && !dockers(f[4]) {
 				add("mount", f[3]+" on "+f[4])
 			}
 		}
-		for _, root := range []string{"/sys/fs/bpf", "/run", "/var/lib/meshd"} {
+		for _, root := range []string{"/sys/fs/bpf", "/run", "/var/lib/meshd", "/var/lib/meshd-wait"} {
 			err := filepath.WalkDir(root, func(path string, d os.DirEntry, err error) error {
-				if err == nil && path != root && !strings.HasPrefix(path, "/run/docker/") {
+				if err == nil && path != root && !dockers(path) {
 					add("file", path)
 				}
 				return nil
@@ -117,6 +117,16 @@ func (h *Host) Snapshot(ctx context.Context) (Snapshot, error) {
 	})
 	slices.Sort(s)
 	return s, err
+}
+
+// dockers reports whether a path is Docker's own business.
+func dockers(path string) bool {
+	for _, dir := range []string{"/run/docker", "/run/containerd", "/var/lib/docker"} {
+		if path == dir || strings.HasPrefix(path, dir+"/") {
+			return true
+		}
+	}
+	return false
 }
 
 // addBPF lists the BPF objects that the host's processes hold open; the pinned ones are files.
