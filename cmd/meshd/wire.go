@@ -453,6 +453,12 @@ func (h *house) broadcast(ch mesh.Channel, delta []byte) {
 
 // onHost is told what changed on the bridge.
 func (h *house) onHost(s hostnet.State) {
+	if len(s.Missing) > 0 {
+		h.log.Warn("somebody changed the bridge; putting it back", "missing", s.Missing)
+		if err := h.host.Restore(hostnet.BridgeSpec{MTU: h.mtu}); err != nil {
+			h.log.Warn("cannot put the bridge back", "err", err)
+		}
+	}
 	h.gossip.Update(func(p *router.Peer) {
 		if p.Flags &^= router.FlagForeign; len(s.Foreign) > 0 {
 			p.Flags |= router.FlagForeign

@@ -22,6 +22,9 @@ func (h *Host) judge(all []netlink.Link) (s State) {
 		switch {
 		case isVeth && h.isPort(veth):
 			s.Ports = append(s.Ports, a.Name)
+			if bridge == 0 || a.MasterIndex != bridge {
+				s.Missing = append(s.Missing, a.Name)
+			}
 		case h.isDockerBridge(l):
 			s.Docker = append(s.Docker, a.Name)
 		case bridge == 0 || a.MasterIndex != bridge:
@@ -37,6 +40,7 @@ func (h *Host) judge(all []netlink.Link) (s State) {
 	if !tap {
 		s.Missing = append(s.Missing, h.cfg.TAP)
 	}
+	slices.Sort(s.Missing)
 	slices.Sort(s.Ports)
 	slices.Sort(s.Docker)
 	slices.Sort(s.Foreign)

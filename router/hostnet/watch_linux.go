@@ -14,7 +14,7 @@ import (
 // State is what a watcher of the bridge needs to know.
 type State struct {
 	Foreign []string // ports of the bridge that are not ours, sorted
-	Missing []string // of the bridge and the TAP, what is gone or no longer in its place
+	Missing []string // of bridge, TAP and ports, what is gone or no longer in its place, sorted
 	Ports   []string // host ends of ours, sorted
 	Docker  []string // Docker's own bridges, sorted
 }

@@ -1,0 +1,44 @@
+package hostnet
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/vishvananda/netlink"
+)
+
+// Restore puts back what State.Missing tells of: it makes the bridge if somebody removed it, and puts the
+// TAP and the ports onto it again. A TAP that is gone stays so, for its queues are gone with it: their
+// reads fail, and meshd starts anew.
+func (h *Host) Restore(want BridgeSpec) error {
+	if _, err := h.EnsureBridge(want); err != nil {
+		return err
+	}
+	br, err := h.bridge()
+	if err != nil {
+		return err
+	}
+	all, err := h.links()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, l := range all {
+		veth, isVeth := l.(*netlink.Veth)
+		_, isTAP := l.(*netlink.Tuntap)
+		port := isVeth && h.isPort(veth)
+		if !port && !(isTAP && l.Attrs().Name == h.cfg.TAP) || l.Attrs().MasterIndex == br.Index {
+			continue
+		}
+		if err := h.enslave(l, br); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		if port {
+			if err := h.nl.LinkSetHairpin(l, true); err != nil {
+				errs = append(errs, fmt.Errorf("set hairpin of %s: %w", veth.Name, err))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}

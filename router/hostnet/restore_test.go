@@ -1,0 +1,120 @@
+package hostnet
+
+import (
+	"bytes"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"meshd/mesh"
+)
+
+func TestRestore(t *testing.T) {
+	h, ns := newHost(t)
+	a, b := newNamespace(t), newNamespace(t)
+	for i, inside := range []*os.File{a, b} {
+		if err := h.AttachPort(inside, testPort(i+1, fmt.Sprintf("10.2.1.%d/24", i+1))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tap, err := h.OpenTAP(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tap.Close()
+	spec := BridgeSpec{MTU: 1400, MAC: mesh.MAC{2, 0, 0, 0, 0, 1}}
+	for _, c := range []string{
+		"ip link del mesh", "ip link set mesh-tap nomaster", "ip link set " + h.HostEnd(testPort(1).Owner) + " nomaster",
+		"ip link set mesh name other", // renamed under us: a new one takes its place
+	} {
+		run(t, ns, c)
+		if s, err := h.State(); err != nil || len(s.Missing) == 0 {
+			t.Errorf("%s: state is %+v, %v", c, s, err)
+		}
+		for range 2 {
+			if err := h.Restore(spec); err != nil {
+				t.Fatalf("%s: %v", c, err)
+			}
+		}
+		if s, err := h.State(); err != nil || len(s.Missing) > 0 {
+			t.Errorf("%s: restored state is %+v, %v", c, s, err)
+		}
+		eventually(t, "ping after "+c, func() bool { return pings(a, "10.2.1.2") })
+	}
+	if got := strings.Count(run(t, ns, "bridge -d link"), "hairpin on"); got != 2 {
+		t.Errorf("%d ports with hairpin, want 2", got)
+	}
+}
+
+func TestMain(m *testing.M) {
+	if os.Getenv("HOSTNET_CHILD") != "" {
+		fmt.Println(attachForever())
+		os.Exit(1)
+	}
+	os.Exit(m.Run())
+}
+
+// attachForever is the child of TestAttachKilled: it attaches and detaches until it is killed.
+func attachForever() error {
+	hostNS, ns := os.NewFile(3, "host"), os.NewFile(4, "inside")
+	var h *Host
+	err := inNamespace(hostNS, func() (err error) {
+		h, err = Open(Config{})
+		return err
+	})
+	for p := testPort(1, "10.2.1.1/24", "fd00::1/64"); err == nil; {
+		if err = h.AttachPort(ns, p); err != nil {
+			break
+		}
+		if err = h.RemoveAddrs(ns, p.Owner, p.Addrs[1:]); err != nil {
+			break
+		}
+		err = h.DetachPort(p.Owner)
+	}
+	return err
+}
+
+// kill -9 at random moments of attaching and detaching; the next one completes whatever was left.
+func TestAttachKilled(t *testing.T) {
+	h, hostNS := newHost(t)
+	ns := newNamespace(t)
+	seed := uint64(time.Now().UnixNano())
+	t.Log("seed", seed)
+	rnd := rand.New(rand.NewPCG(seed, 0))
+	for range 30 {
+		var out bytes.Buffer
+		child := exec.Command(os.Args[0])
+		child.Env = append(os.Environ(), "HOSTNET_CHILD=1")
+		child.ExtraFiles = []*os.File{hostNS, ns}
+		child.Stdout, child.Stderr = &out, &out
+		if err := child.Start(); err != nil {
+			t.Fatal(err)
+		}
+		timer := time.NewTimer(time.Duration(10+rnd.IntN(60)) * time.Millisecond)
+		<-timer.C
+		child.Process.Kill()
+		if err := child.Wait(); err == nil || !strings.Contains(err.Error(), "killed") {
+			t.Fatalf("child: %v\n%s", err, out.String())
+		}
+		if err := h.AttachPort(ns, testPort(1, "10.2.1.1/24", "fd00::1/64")); err != nil {
+			t.Fatal(err)
+		}
+		list, err := h.Ports()
+		if err != nil || len(list) != 1 || fmt.Sprint(list[0].Addrs) != "[10.2.1.1/24 fd00::1/64]" || list[0].MAC != testPort(1).MAC {
+			t.Fatalf("ports are %+v, %v", list, err)
+		}
+		if s, err := h.State(); err != nil || len(s.Missing) != 1 { // the TAP, which nobody made
+			t.Fatalf("state is %+v, %v", s, err)
+		}
+		if rnd.IntN(2) == 0 {
+			if err := h.DetachPort(testPort(1).Owner); err != nil {
+				t.Fatal(err)
+			}
+			wantLinks(t, ns)
+		}
+	}
+}
