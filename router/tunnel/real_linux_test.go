@@ -280,10 +280,7 @@ func (s pairSwitch) FromPeer([]byte, mesh.PeerName, time.Time) router.Decision {
 	return router.Decision{Verdict: router.Deliver}
 }
 
-type realHandler struct {
-	mu sync.Mutex
-	up chan struct{}
-}
+type realHandler struct{ up chan struct{} }
 
 func (h *realHandler) Link(ev router.LinkEvent) {
 	if ev.State == router.LinkUp {
