@@ -33,13 +33,19 @@ func (d *Datapath) applyPeers(now time.Time) error {
 	under := make(map[bpfUnderlayKey]uint32, len(d.peers))
 	self := mesh.ShortID(d.kernel.config.Self)
 	for _, s := range d.peers {
-		if s.path == nil || d.cfg.GuardOnly || s.ID == self {
-			if s.ID != 0 && s.refused != "" {
-				want[s.ID] = bpfPeer{} // not even what was adopted
+		if d.cfg.GuardOnly || s.ID == self {
+			continue
+		}
+		if s.path == nil {
+			if v := d.kernel.peers[s.ID]; s.told.Refuse == "" && !d.settled {
+				v.Flags &^= peerUp // adopted: it may know a way to us while we know none to it yet
+				want[s.ID] = v
+			} else {
+				want[s.ID] = bpfPeer{}
 			}
 			continue
 		}
-		relayed := !s.Via.IsZero() || now.Before(s.relayedUntil)
+		relayed := !s.Via.IsZero() || !s.told.Via.IsZero() || now.Before(s.relayedUntil)
 		v := peerValue(s.Peer, s.to, s.path.state == up, relayed)
 		v.Used = s.used
 		want[s.ID] = v
@@ -170,7 +176,7 @@ func (d *Datapath) desiredEndpoints(now time.Time) map[uint64]bpfEndpoint {
 	for mac, e := range d.endpoints {
 		v := bpfEndpoint{Nets: d.nets.of(e.Addrs)}
 		if e.Peer != d.self {
-			if s := d.peers[e.Peer]; s != nil {
+			if s := d.peers[e.Peer]; s != nil && s.ID != 0 {
 				v.Peer = uint16(s.ID)
 			} else if have := d.kernel.endpoints[macKey(mac)]; !d.settled {
 				v.Peer = have.Peer // adopted, and its peer not named yet

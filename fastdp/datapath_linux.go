@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -41,12 +42,15 @@ type Datapath struct {
 	settled   bool
 	fault     string // what reconcile could not repair
 	self      mesh.PeerName
+	selfID    mesh.ShortID // as SetSelf said last
+	told      []Peer       // as SetPeers said last
 	peers     map[mesh.PeerName]*peerState
 	byID      map[mesh.ShortID]*peerState
 	endpoints map[mesh.MAC]mesh.Endpoint
 	announced map[mesh.MAC]time.Time // local endpoints: since when others are being told
 	ports     map[int]Port
-	veth      map[int]bool
+	veth      map[int]bool // ports that are veth pairs
+	whole     map[int]bool // ports that AttachPort has finished
 	nets      networks
 	prober    *prober
 	stampsAt  time.Time
@@ -64,7 +68,8 @@ type mirror struct {
 }
 
 type peerState struct {
-	Peer
+	Peer                    // as it is in force
+	told         Peer       // as SetPeers said last
 	to           netip.Addr // where frames go; invalid: nowhere
 	path         *path
 	refused      string    // why there is no path at all
@@ -92,6 +97,7 @@ func Open(cfg Config) (*Datapath, error) {
 		announced: make(map[mesh.MAC]time.Time),
 		ports:     make(map[int]Port),
 		veth:      make(map[int]bool),
+		whole:     make(map[int]bool),
 	}
 	if err := d.open(); err != nil {
 		d.Close()
@@ -229,96 +235,143 @@ func valueAddr(addr, mask [4]uint32, v6 bool) netip.Prefix {
 	return netip.PrefixFrom(wordsAddr(addr, v6), ones(mask))
 }
 
-// SetSelf says who this peer is. Without a short id (0) nothing is sent by the tunnel.
+// SetSelf says who this peer is. Without a short id (0) nothing is sent by the tunnel; an adopted one
+// stays in force until Settle.
 func (d *Datapath) SetSelf(name mesh.PeerName, id mesh.ShortID) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.closed {
 		return os.ErrClosed
 	}
+	moved := d.self != name
+	d.self, d.selfID = name, id
+	return d.applySelf(moved)
+}
+
+func (d *Datapath) applySelf(moved bool) error {
 	c := d.kernel.config
-	if c.Self = uint32(id); d.cfg.GuardOnly || id > mesh.MaxShortID {
+	if d.selfID != 0 || d.settled {
+		c.Self = uint32(d.selfID)
+	}
+	if d.cfg.GuardOnly || d.selfID > mesh.MaxShortID {
 		c.Self = 0
 	}
-	moved := d.self != name || c.Self != d.kernel.config.Self
-	d.self = name
-	if err := d.applyConfig(c); err != nil {
+	moved = moved || c.Self != d.kernel.config.Self
+	if err := d.applyConfig(c); err != nil || !moved {
 		return err
-	}
-	if !moved {
-		return nil
 	}
 	return errors.Join(d.applyPeers(time.Now()), d.applyEndpoints(time.Now()))
 }
 
-// SetPeers says which other peers there are: all of them.
+// SetPeers says which other peers there are: all of them. A path that is up stays as it is when only the
+// tunnel's link is lost or its route leads elsewhere, as when that meshd restarts: the probes know better.
 func (d *Datapath) SetPeers(peers []Peer) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.closed {
 		return os.ErrClosed
 	}
-	now := time.Now()
+	return d.setPeers(slices.Clone(peers), time.Now())
+}
+
+func (d *Datapath) setPeers(peers []Peer, now time.Time) error {
+	d.told = peers
 	next := make(map[mesh.PeerName]*peerState, len(peers))
-	ids := make(map[mesh.ShortID]*peerState, len(peers))
+	byID := make(map[mesh.ShortID]*peerState, len(peers))
 	idsMoved := len(peers) != len(d.peers)
 	for _, p := range peers {
 		s := d.peers[p.Name]
 		if s == nil {
-			s = &peerState{}
+			s = &peerState{Peer: Peer{Name: p.Name}}
 		}
-		idsMoved = idsMoved || s.ID != p.ID
-		if !s.Via.IsZero() && p.Via.IsZero() {
-			s.relayedUntil = now.Add(relayedFor)
+		if p.ID > mesh.MaxShortID {
+			p.ID = 0
 		}
 		p.Addr = p.Addr.Unmap()
-		s.Peer, s.refused = p, p.Refuse
-		next[p.Name] = s
-		if p.ID == 0 || p.ID > mesh.MaxShortID {
-			s.ID, s.refused = 0, first(s.refused, "it has no short id")
-			continue
+		if s.ID != p.ID {
+			idsMoved = true
+			s.ID, s.path = p.ID, nil
 		}
-		if other, taken := ids[p.ID]; taken {
+		s.told, s.refused = p, p.Refuse
+		next[p.Name] = s
+		if p.ID == 0 {
+			s.refused = first(s.refused, "it has no short id")
+		} else if other := byID[p.ID]; other != nil {
 			why := fmt.Sprintf("short id %d is claimed by %s and %s", p.ID, p.Name, other.Name)
 			s.refused, other.refused = first(s.refused, why), first(other.refused, why)
-			continue
+		} else {
+			byID[p.ID] = s
 		}
-		ids[p.ID] = s
 	}
 	idle := idleEvery(len(next))
 	for _, s := range next {
+		if s.refused != "" {
+			s.Peer, s.to, s.path = s.told, netip.Addr{}, nil
+			continue
+		}
+		d.choosePath(s, next, now)
 		if s.path != nil {
 			s.path.idle = idle
 		}
-		to := s.Addr
-		if !s.Via.IsZero() {
-			to = netip.Addr{}
-			if via := next[s.Via]; via == nil || via.refused != "" || !via.Addr.IsValid() || !via.Via.IsZero() {
-				s.refused = first(s.refused, "its relay has no kernel path")
-			} else {
-				to = via.Addr
-			}
-		} else if !to.IsValid() {
-			s.refused = first(s.refused, "no underlay address known")
-		}
-		if s.path != nil && s.to == to && s.refused == "" {
-			continue
-		}
-		s.to, s.path = to, nil
-		if s.refused == "" {
-			s.path = newPath(now, d.cfg.MTU)
-			s.path.idle = idle
-			if k := d.kernel.peers[s.ID]; k.Flags&peerUp != 0 && k.To == underlayWords(to) {
-				s.path.adopt(now)
-			}
-		}
 	}
-	d.peers, d.byID = next, ids
+	d.peers, d.byID = next, byID
 	err := d.applyPeers(now)
 	if idsMoved {
 		err = errors.Join(err, d.applyEndpoints(now))
 	}
 	return err
+}
+
+// choosePath decides where a peer's frames go, and keeps the path if that has not changed.
+func (d *Datapath) choosePath(s *peerState, all map[mesh.PeerName]*peerState, now time.Time) {
+	p, to, why := s.told, s.told.Addr, ""
+	if !p.Via.IsZero() {
+		to = netip.Addr{}
+		if via := all[p.Via]; via == nil || via.refused != "" || !via.told.Addr.IsValid() || !via.told.Via.IsZero() {
+			why = "its relay has no kernel path"
+		} else {
+			to = via.told.Addr
+		}
+	} else if !to.IsValid() {
+		why = "no underlay address known"
+	}
+	if s.path == nil && !d.settled && !d.cfg.GuardOnly {
+		d.adoptPath(s, now)
+	}
+	if s.path != nil {
+		if s.to == to && s.Addr == p.Addr && s.Via == p.Via {
+			return
+		}
+		if s.path.state == up && (!to.IsValid() || !p.Via.IsZero()) {
+			return // not better than what works
+		}
+		if s.to == to && s.path.state == up {
+			s.Peer = p
+			return
+		}
+	}
+	if !s.Via.IsZero() && p.Via.IsZero() {
+		s.relayedUntil = now.Add(relayedFor)
+	}
+	s.Peer, s.to, s.path, s.refused = p, to, nil, why
+	if to.IsValid() {
+		s.path = newPath(now, d.cfg.MTU)
+	}
+}
+
+// adoptPath takes over a path that is up in the kernel since an earlier meshd.
+func (d *Datapath) adoptPath(s *peerState, now time.Time) {
+	k := d.kernel.peers[s.ID]
+	if k.Flags&peerUp == 0 {
+		return
+	}
+	s.to = underlayAddr(k.To, k.Flags&peerToV6 != 0)
+	s.Addr, s.Via = underlayAddr(k.From, k.Flags&peerFromV6 != 0), mesh.PeerName{}
+	if k.Flags&peerRelayed != 0 {
+		s.relayedUntil = now.Add(relayedFor)
+	}
+	s.path = newPath(now, d.cfg.MTU)
+	s.path.adopt(now)
 }
 
 func first(a, b string) string {
@@ -372,6 +425,11 @@ func (d *Datapath) attachPort(p Port) error {
 		return err
 	}
 	p.Exempt = p.Exempt || d.cfg.NoGuard
+	p.Addrs = slices.Clone(p.Addrs)
+	before, had := d.ports[p.Index]
+	if had && d.whole[p.Index] && before.MAC == p.MAC && before.Exempt == p.Exempt && slices.Equal(before.Addrs, p.Addrs) {
+		return nil // reconcile keeps it so
+	}
 	if _, err := portValue(p, netset{}, false); err != nil {
 		return err
 	}
@@ -379,7 +437,7 @@ func (d *Datapath) attachPort(p Port) error {
 	if err != nil {
 		return err
 	}
-	before, had := d.ports[p.Index]
+	delete(d.whole, p.Index)
 	d.ports[p.Index], d.veth[p.Index] = p, veth
 	if had && before.MAC != p.MAC && !before.Exempt {
 		unsettle(p.Index, before.MAC)
@@ -392,7 +450,11 @@ func (d *Datapath) attachPort(p Port) error {
 			return err
 		}
 	}
-	return d.hookPort(p.Index)
+	if err := d.hookPort(p.Index); err != nil {
+		return err
+	}
+	d.whole[p.Index] = true
+	return nil
 }
 
 func (d *Datapath) hookPort(index int) error {
@@ -420,6 +482,7 @@ func (d *Datapath) detachPort(index int) error {
 	p := d.ports[index]
 	delete(d.ports, index)
 	delete(d.veth, index)
+	delete(d.whole, index)
 	var errs []error
 	for _, prog := range []string{bpfProgPortIn, bpfProgPortOut} {
 		errs = append(errs, d.hooks.remove(hook{prog, index}))
@@ -454,7 +517,8 @@ func (d *Datapath) settleLocked() error {
 		return nil
 	}
 	d.settled = true
-	return errors.Join(d.applyPeers(time.Now()), d.applyEndpoints(time.Now()))
+	now := time.Now()
+	return errors.Join(d.applySelf(false), d.setPeers(d.told, now), d.applyEndpoints(now))
 }
 
 // Run probes the paths and repairs what was removed, until ctx is done. Forwarding does not depend on it.
@@ -589,7 +653,7 @@ func (d *Datapath) tickLocked(now time.Time) (frames [][]byte) {
 		}
 	}
 	if changed {
-		d.note(d.applyPeers(now))
+		d.note(d.setPeers(d.told, now)) // perhaps there is another way to them by now
 	}
 	if d.announcementsDue(now) {
 		d.note(d.applyEndpoints(now))

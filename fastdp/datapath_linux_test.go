@@ -91,6 +91,58 @@ func TestRestarts(t *testing.T) {
 	}
 }
 
+// A meshd that restarts knows nothing at first, and the others lose their link to it or route around it:
+// none of this is a reason to leave a path that works.
+func TestLinkLost(t *testing.T) {
+	l := newLab(t)
+	a, b := l.host().container("10.32.0.1/12"), l.host().container("10.32.0.2/12")
+	a.knows(b)
+	b.knows(a)
+	l.host()
+	l.startAll()
+	there, back := l.stream(a, b, probeEvery), l.stream(b, a, probeEvery)
+	h, o := l.hosts[0], l.hosts[1]
+	none := Peer{Name: h.name, ID: h.id()}
+	byThird := none
+	byThird.Via = l.hosts[2].name
+	third := Peer{Name: l.hosts[2].name, ID: l.hosts[2].id(), Addr: l.hosts[2].addr()}
+	h.kill()
+	o.tell(order{Op: "peers", Peers: []Peer{none, third}})
+	if err := h.start(); err != nil {
+		t.Fatal(err)
+	}
+	h.tell(order{Op: "self", Name: h.name}) // has not claimed its short id again
+	h.tell(order{Op: "peers"})
+	h.tell(order{Op: "endpoints"})
+	for _, p := range []Peer{{}, {Via: third.Name}, {Addr: o.addr()}} {
+		p.Name, p.ID = o.name, o.id()
+		h.tell(order{Op: "peers", Peers: []Peer{p, third}})
+		o.tell(order{Op: "peers", Peers: []Peer{byThird, third}})
+		if eventually(300*time.Millisecond, func() bool {
+			return !h.look().Paths[0].Up || !o.look().Paths[0].Up
+		}) {
+			t.Errorf("told %+v: path left", p)
+		}
+	}
+	h.brief(nil)
+	o.brief(nil)
+	l.allUp(5 * time.Second)
+	for _, r := range []tally{there.stop(), back.stop()} {
+		if t.Log(r); r.Got != r.Sent || r.Twice != 0 {
+			t.Errorf("%v, want none lost", r)
+		}
+	}
+	// Refused, it goes at once.
+	none.Addr, none.Refuse = h.addr(), "encrypted"
+	o.tell(order{Op: "peers", Peers: []Peer{none, third}})
+	if p := o.look().Paths[0]; p.Up || p.Reason != "encrypted" {
+		t.Errorf("refused: %+v", p)
+	}
+	if n := o.look().Status.Peers; n != 1 {
+		t.Errorf("%d peers known to the kernel, want 1", n)
+	}
+}
+
 // Frames go on for as long as no meshd runs: the far one does not leave the path either, because the
 // kernel answers its probes.
 func TestNoMeshd(t *testing.T) {

@@ -305,4 +305,3 @@ func TestStorm(t *testing.T) {
 		t.Error("the storm is not on the port's account")
 	}
 }
-

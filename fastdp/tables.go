@@ -85,6 +85,18 @@ func underlayWords(a netip.Addr) (w [4]uint32) {
 	return wireWords(a)
 }
 
+func underlayAddr(w [4]uint32, v6 bool) netip.Addr {
+	switch {
+	case w == [4]uint32{}:
+		return netip.Addr{}
+	case v6:
+		return wordsAddr(w, true)
+	}
+	var b [4]byte
+	binary.BigEndian.PutUint32(b[:], w[0])
+	return netip.AddrFrom4(b)
+}
+
 func underlayKey(a netip.Addr) bpfUnderlayKey {
 	k := bpfUnderlayKey{Addr: underlayWords(a)}
 	if a.Unmap().Is6() {
