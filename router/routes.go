@@ -10,10 +10,11 @@ import (
 	"meshd/mesh"
 )
 
-// A link weighs its round trip plus hopPenalty: a relay costs a third host's bandwidth, so it must save
-// that much. dampPenalty makes a link that flaps the last choice, for everybody.
+// A link weighs its round trip plus hopPenalty: a relay costs a third host's bandwidth and round trips
+// are measured on busy hosts, so it must save that much. dampPenalty makes a link that flaps the last
+// choice, for everybody.
 const (
-	hopPenalty  = 20 * time.Millisecond
+	hopPenalty  = 50 * time.Millisecond
 	dampPenalty = 10 * time.Second
 )
 

@@ -49,6 +49,7 @@ type dialer struct {
 	linked  map[mesh.PeerName]netip.AddrPort
 	credit  float64
 	at      time.Time // of credit
+	swept   time.Time
 }
 
 // retry is the timing of repeated dials.
@@ -213,10 +214,9 @@ func (d *dialer) know(all []candidate, now time.Time) {
 		}
 		k := d.known[c.name]
 		if k == nil {
-			if len(c.addrs) == 0 {
+			if len(c.addrs) == 0 || !d.makeRoom(now) {
 				continue
 			}
-			d.makeRoom()
 			k = &knownPeer{hopeful: now.Add(capHopeful)}
 			// Both ends hear of each other: the higher name waits a little, so that they do not cross.
 			if c.name.Compare(d.self) < 0 {
@@ -238,17 +238,22 @@ func (d *dialer) know(all []candidate, now time.Time) {
 	}
 }
 
-func (d *dialer) makeRoom() {
+// makeRoom reports whether another peer may be remembered. When there are too many, those go of whom
+// nothing was heard for a while.
+func (d *dialer) makeRoom(now time.Time) bool {
 	if len(d.known) < maxKnown {
-		return
+		return true
 	}
-	var oldest mesh.PeerName
+	if now.Sub(d.swept) < time.Second {
+		return false
+	}
+	d.swept = now
 	for name, k := range d.known {
-		if _, linked := d.linked[name]; !linked && (oldest.IsZero() || k.told.Before(d.known[oldest].told)) {
-			oldest = name
+		if _, linked := d.linked[name]; !linked && now.Sub(k.told) > capHopeful {
+			delete(d.known, name)
 		}
 	}
-	delete(d.known, oldest)
+	return len(d.known) < maxKnown
 }
 
 // add remembers an address; the newest are kept, and the first place is for the one that worked.
@@ -272,9 +277,9 @@ func (d *dialer) up(l router.Link, now time.Time) {
 	d.linked[name] = l.Addr
 	k := d.known[name]
 	if k == nil {
-		d.makeRoom()
 		k = &knownPeer{}
-		d.known[name] = k
+		d.makeRoom(now)
+		d.known[name] = k // there are fewer links than room, so this one is let in anyhow
 	}
 	k.reachable, k.refused, k.told = true, false, now
 	addr := l.Addr
@@ -435,6 +440,7 @@ func (d *dialer) step(now time.Time) (dial []netip.AddrPort, resolve []*target) 
 	}
 	slices.SortFunc(due, mesh.PeerName.Compare)
 	d.rng.Shuffle(len(due), func(i, j int) { due[i], due[j] = due[j], due[i] })
+	slices.SortStableFunc(due, func(a, b mesh.PeerName) int { return d.known[a].retry.next.Compare(d.known[b].retry.next) })
 	for _, name := range due {
 		if d.credit < 1 || d.limit > 0 && len(d.linked)+dialing >= d.limit {
 			break

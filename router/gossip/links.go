@@ -17,8 +17,8 @@ const (
 	steadyTime = time.Minute
 )
 
-// Published round trips change when the measured one is off by half and by rttStep, and at most once in
-// rttPause: every change travels to every peer.
+// Published round trips change when the measured one is off by half (or a third less) and by rttStep, and go up at most once
+// in rttPause: every change travels to every peer, and a busy host makes round trips look long.
 const (
 	rttStep  = 2 * time.Millisecond
 	rttPause = 30 * time.Second
@@ -110,8 +110,8 @@ func (b *linkBook) publish(ll *liveLink, now time.Time) {
 		To: l.Peer.Name, Addr: l.Addr, RTT: ll.published.RTT, MTU: l.MTU,
 		Outbound: l.Outbound, Sealed: l.Sealed, Damped: now.Before(ll.steadyAt),
 	}
-	off := max(p.RTT-l.RTT, l.RTT-p.RTT)
-	if ll.rttAt.IsZero() || off >= rttStep && off >= p.RTT/2 && now.Sub(ll.rttAt) >= rttPause {
+	up, fall := l.RTT-p.RTT, p.RTT-l.RTT
+	if ll.rttAt.IsZero() || fall >= max(rttStep, p.RTT/3) || up >= max(rttStep, p.RTT/2) && now.Sub(ll.rttAt) >= rttPause {
 		p.RTT, ll.rttAt = router.RoundRTT(l.RTT), now
 	}
 	ll.published = p

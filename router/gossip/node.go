@@ -289,9 +289,10 @@ func (n *Node) Targets() []string {
 	return n.dialer.targetTexts()
 }
 
-// SetFlags changes what is said of this peer, for example when a foreign port appears on the bridge.
-func (n *Node) SetFlags(set, clear router.Flags) {
-	for _, d := range n.topology.Update(func(p *router.Peer) { p.Flags = p.Flags&^clear | set }) {
+// Update changes what is said of this peer, for example its flags when a foreign port appears on the
+// bridge, and tells everybody.
+func (n *Node) Update(change func(*router.Peer)) {
+	for _, d := range n.topology.Update(change) {
 		_ = n.Broadcast(mesh.ChanTopology, d) // fits: it is split already
 	}
 }

@@ -3,6 +3,7 @@ package gossip_test
 import (
 	"flag"
 	"fmt"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -319,12 +320,42 @@ func TestStolenName(t *testing.T) {
 		thief := c.Start(3, 2)
 		time.Sleep(time.Minute)
 		if n := thief.Host.Links(); n != 0 {
-			// Peer 2 has a link to the one that it knows; the simulated tunnel does not judge keys.
-			t.Logf("%d links", n)
+			t.Errorf("the thief has %d links", n)
+		}
+		for _, conn := range thief.Node.Status().Connections {
+			if !strings.Contains(conn.Error, "belongs to") {
+				t.Errorf("the thief is told %q", conn.Error)
+			}
 		}
 		if err := simnet.FullMesh(c.Peers[:3]); err != nil {
 			t.Error(err)
 		}
+		// The rightful owner dies and is forgotten by the links: now the name may be taken over.
+		c.Kill(1)
+		c.Until("taken over", 30*time.Second, func() error {
+			if thief.Host.Links() != 2 {
+				return fmt.Errorf("%d links", thief.Host.Links())
+			}
+			return nil
+		})
+	})
+}
+
+// A target that nobody answers at for ten minutes, and then somebody does.
+func TestLateTarget(t *testing.T) {
+	seeds(t, 2, func(t *testing.T, seed uint64) {
+		c := simnet.NewCluster(t, simnet.Options{Seed: seed})
+		defer c.Stop()
+		c.StartAll(4)
+		c.Start(4, 2)
+		c.Start(5, 4)
+		c.Net.Split(c.Hosts(0, 4), c.Hosts(4, 6))
+		time.Sleep(10 * time.Minute)
+		if err := separate(c.Peers[4:]); err != nil {
+			t.Error(err)
+		}
+		c.Net.HealAll()
+		t.Log("joined after", c.Until("joined", 30*time.Second, fullMesh(c)))
 	})
 }
 

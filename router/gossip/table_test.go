@@ -86,3 +86,5 @@ func (t *setTable) Encode(keys []uint64, limit int) (out [][]byte) {
 	}
 	return append(out, b)
 }
+
+var errNotYet = errors.New("not yet")

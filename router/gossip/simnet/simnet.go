@@ -402,15 +402,23 @@ func (n *Net) join(from, to *Host) {
 			return
 		}
 	}
-	// Another run of the same peer ends the link to the earlier one.
+	// Another run of the same peer ends the link to the earlier one; another peer of its name is refused.
 	n.mu.Lock()
 	var old []*link
+	var taken error
 	for _, side := range [2][2]*Host{{from, to}, {to, from}} {
 		if l := side[0].links[side[1].hello.Name]; l != nil && l.other(side[0]) != side[1] {
 			old = append(old, l)
+			if l.other(side[0]).hello.Key != side[1].hello.Key && n.wellLocked(l) {
+				taken = fmt.Errorf("the name %v belongs to another peer that is alive", side[1].hello.Name)
+			}
 		}
 	}
 	n.mu.Unlock()
+	if taken != nil {
+		fail(taken)
+		return
+	}
 	for _, l := range old {
 		n.end(l, errors.New("the peer was restarted"))
 	}

@@ -1,0 +1,125 @@
+package gossip_test
+
+import (
+	"fmt"
+	"runtime"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"meshd/mesh"
+	"meshd/router/gossip"
+	"meshd/router/gossip/simnet"
+)
+
+// TestScale measures a large mesh: go test -run TestScale -peers 100 -v. What it reports is what gossip
+// sends, without the tunnel's headers and heartbeats.
+func TestScale(t *testing.T) {
+	n := *peersFlag
+	if n == 0 {
+		t.Skip("needs -peers")
+	}
+	synctest.Test(t, func(t *testing.T) {
+		tables := map[int]*setTable{}
+		c := simnet.NewCluster(t, simnet.Options{
+			Seed:   max(*seedFlag, 1),
+			Config: func(_ int, cfg *gossip.Config) { cfg.ConnLimit = 200 },
+			Prepare: func(i int, node *gossip.Node) {
+				tables[i] = newSetTable()
+				for k := range 20 {
+					tables[i].add(fmt.Sprintf("%d endpoint %d with a name and an address or two", i, k))
+				}
+				node.AddTable(mesh.ChanNames, tables[i])
+			},
+		})
+		defer c.Stop()
+		mark := meter(c)
+		c.StartAll(n)
+		whole := func() error {
+			for i := range tables {
+				if got := tables[i].len(); got < 20*n {
+					return fmt.Errorf("peer %d has %d names of %d", i, got, 20*n)
+				}
+			}
+			return simnet.Whole(c.Peers)
+		}
+		took := c.Until("cold start", 10*time.Minute, whole)
+		t.Logf("%d peers, cold start: %v; %s", n, took, mark())
+		time.Sleep(2 * time.Minute)
+		mark()
+		time.Sleep(time.Minute)
+		t.Logf("idle: %s", mark())
+		links := 0
+		for _, p := range c.Peers {
+			links += p.Host.Links()
+		}
+		t.Logf("links per peer: %d", links/n)
+		if err := c.Peers[n/2].Node.Broadcast(mesh.ChanNames, tables[n/2].add("one more")); err != nil {
+			t.Fatal(err)
+		}
+		took = c.Until("one change", 30*time.Second, func() error {
+			for i := range tables {
+				if tables[i].len() != 20*n+1 {
+					return fmt.Errorf("peer %d", i)
+				}
+			}
+			return nil
+		})
+		t.Logf("one change: %v; %s", took, mark())
+		c.Kill(n - 1)
+		took = c.Until("death", 30*time.Second, func() error {
+			for _, p := range c.Peers[:n-1] {
+				if _, ok := p.Node.Routes().NextHop(c.Peers[n-1].Name); ok {
+					return fmt.Errorf("%v", p.Name)
+				}
+			}
+			return nil
+		})
+		t.Logf("one death known: %v; %s", took, mark())
+		c.Start(n-1, 0)
+		t.Logf("restart: %v; %s", c.Until("restart", 5*time.Minute, whole), mark())
+		time.Sleep(time.Minute)
+		c.Net.Split(c.Hosts(0, n/2), c.Hosts(n/2, n))
+		time.Sleep(45 * time.Second)
+		mark()
+		c.Net.HealAll()
+		t.Logf("half/half cut for 45 s, whole after: %v; %s", c.Until("heal", 5*time.Minute, whole), mark())
+		t.Logf("%+v", c.Net.Stats())
+	})
+}
+
+// meter returns a function that says what was spent since it was last called, per peer.
+func meter(c *simnet.Cluster) func() string {
+	var sent uint64
+	cpu, at := processTime(), time.Now()
+	return func() string {
+		var total, most uint64
+		for _, p := range c.Peers {
+			if p != nil {
+				s, _ := p.Host.Traffic()
+				total += s
+				most = max(most, s)
+			}
+		}
+		used, took := processTime()-cpu, time.Since(at)
+		peers := max(len(c.Peers), 1)
+		var mem runtime.MemStats
+		runtime.ReadMemStats(&mem)
+		out := fmt.Sprintf("%.2f kB/s sent per peer, %.2f%% of a core per peer, %d kB of heap per peer, in %v",
+			float64(total-sent)/1000/float64(peers)/took.Seconds(), 100*used.Seconds()/took.Seconds()/float64(peers),
+			mem.HeapAlloc/1000/uint64(peers), took.Round(time.Second))
+		sent, cpu, at = total, processTime(), time.Now()
+		return out
+	}
+}
+
+// processTime is the processor time that the whole process has used. In a bubble the clock is not real;
+// this one is.
+func processTime() time.Duration {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		return 0
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
