@@ -37,6 +37,8 @@ func TestMain(m *testing.M) {
 		os.Exit(sendMain(arg))
 	case "receive":
 		os.Exit(receiveMain(arg))
+	case "bench":
+		os.Exit(benchMain(arg))
 	case "tcp":
 		os.Exit(tcpMain(arg))
 	}
@@ -128,7 +130,7 @@ func hostMain(arg string) int {
 }
 
 type lab struct {
-	t      *testing.T
+	t      testing.TB
 	prefix string
 	dir    string // a bpffs
 	v6     bool   // underlay
@@ -158,7 +160,7 @@ type labContainer struct {
 
 var labs atomic.Int32
 
-func newLab(t *testing.T) *lab {
+func newLab(t testing.TB) *lab {
 	needRoot(t)
 	l := &lab{t: t, prefix: fmt.Sprintf("fastdp-%d-%d-", os.Getpid()%10000, labs.Add(1)), dir: t.TempDir()}
 	if err := unix.Mount("bpf", l.dir, "bpf", 0, "mode=0700"); err != nil {
@@ -308,7 +310,7 @@ func (h *labHost) start() error {
 	return nil
 }
 
-func logLines(t *testing.T, who string) io.Writer {
+func logLines(t testing.TB, who string) io.Writer {
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -465,7 +467,7 @@ func eventually(within time.Duration, cond func() bool) bool {
 }
 
 // inNetns runs f on a thread of its own inside the namespace; sockets made there stay there.
-func inNetns(t *testing.T, ns string, f func() error) {
+func inNetns(t testing.TB, ns string, f func() error) {
 	t.Helper()
 	done := make(chan error)
 	go func() {

@@ -163,7 +163,7 @@ func enlarge(c *net.UDPConn) error {
 
 // running is a stream under way.
 type running struct {
-	t              *testing.T
+	t              testing.TB
 	sender, getter *process
 }
 

@@ -1,0 +1,346 @@
+package fastdp
+
+import (
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"meshd/mesh"
+)
+
+// What one frame costs in the programs alone, without the kernel's own work around them.
+func BenchmarkPrograms(b *testing.B) {
+	k := newBench(b)
+	k.ready()
+	udp := ip4("10.32.0.1", "10.32.0.3", 17, udp(9, 9, make([]byte, 22)...)...)
+	tcp := ip4("10.32.0.1", "10.32.0.3", 6, make([]byte, 20)...)
+	p7 := netip.MustParseAddr("192.0.2.7")
+	k.put(k.Peers, uint32(9), peerValue(Peer{ID: 9, Addr: p7}, p7, true, true))
+	for _, c := range []struct {
+		name  string
+		prog  *ebpf.Program
+		frame []byte
+	}{
+		{"container to peer, UDP", k.PortIn, ether(far, mine, 0x0800, udp...)},
+		{"container to peer, TCP", k.PortIn, ether(far, mine, 0x0800, tcp...)},
+		{"container to container", k.PortIn, ether(near, mine, 0x0800, tcp...)},
+		{"bridge to container", k.PortOut, ether(mine, near, 0x0800, tcp...)},
+		{"host to peer", k.BridgeOut, ether(far, host, 0x0800, tcp...)},
+		{"tunnel to container", k.received(outer{vni(upID, selfID), p7, 255}), ether(mine, far, 0x0800, tcp...)},
+		{"tunnel to tunnel", k.received(outer{vni(upID, 9), p7, 255}), ether(slow, far, 0x0800, tcp...)},
+	} {
+		b.Run(c.name, func(b *testing.B) { k.measure(b, c.prog, c.frame) })
+	}
+}
+
+func (k *bench) measure(b *testing.B, p *ebpf.Program, frame []byte) {
+	b.Helper()
+	const repeat = 1000000
+	var best time.Duration
+	for range b.N {
+		// The kernel runs it so often and reports the mean.
+		_, took, err := p.Benchmark(frame, repeat, nil)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if best == 0 || took < best {
+			best = took
+		}
+	}
+	b.ReportMetric(float64(best.Nanoseconds()), "ns/frame")
+	b.ReportMetric(0, "ns/op")
+}
+
+// The maps full: 4,096 peers and 65,000 endpoints must not make a frame dearer.
+func TestScale(t *testing.T) {
+	k := newBench(t)
+	k.ready()
+	frame := ether(far, mine, 0x0800, ip4("10.32.0.1", "10.32.0.3", 6, make([]byte, 20)...)...)
+	cost := func() time.Duration {
+		best := time.Hour
+		for range 5 {
+			_, took, err := k.PortIn.Benchmark(frame, 200000, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			best = min(best, took)
+		}
+		return best
+	}
+	few := cost()
+	begun := time.Now()
+	for id := range mesh.ShortID(maxPeers) {
+		if id != upID && id != 0 {
+			k.peer(Peer{ID: id, Addr: netip.AddrFrom4([4]byte{198, 18, byte(id >> 8), byte(id)})}, true)
+		}
+	}
+	for i := range 65000 {
+		mac := mesh.MAC{0x0a, 1, byte(i >> 16), byte(i >> 8), byte(i), 7}
+		k.put(k.Endpoints, macKey(mac), bpfEndpoint{Peer: uint16(i % maxPeers), Nets: netset{1}})
+	}
+	filled := time.Since(begun)
+	many := cost()
+	var memory uint64
+	for name, m := range (&objects{bpfObjects: k.bpfObjects}).maps() {
+		info, err := m.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		n, _ := info.Memlock()
+		memory += n
+		t.Logf("map %s: %d KiB", name, n>>10)
+	}
+	t.Logf("%v per frame with 6 endpoints, %v with 65,000 and %d peers; %d MiB; filled in %v", few, many, maxPeers, memory>>20, filled)
+	if many > 2*few+50*time.Nanosecond {
+		t.Errorf("a frame costs %v, want about the %v of an empty mesh", many, few)
+	}
+	if memory > 64<<20 {
+		t.Errorf("maps take %d bytes", memory)
+	}
+}
+
+// BenchmarkCompare measures the kernel path beside a Linux bridge with a vxlan port and static FDB, in
+// alternating rounds, and reports ratios of medians: of throughput and datagrams (more is better) and of
+// round-trip time (less is). FASTDP_ROUNDS: default 3. The underlay passes superframes whole, or with
+// FASTDP_WIRE=1 cut to its MTU. It needs iperf3 and wants a quiet machine.
+func BenchmarkCompare(b *testing.B) {
+	needRoot(b)
+	if _, err := exec.LookPath("iperf3"); err != nil {
+		b.Skip("no iperf3")
+	}
+	rounds, _ := strconv.Atoi(os.Getenv("FASTDP_ROUNDS"))
+	if rounds == 0 {
+		rounds = 3
+	}
+	type candidate struct {
+		name string
+		a, b *labContainer
+		got  map[string][]float64
+	}
+	var all []*candidate
+	for _, name := range []string{"kernel path", "bridge and vxlan"} {
+		l := newLab(b)
+		c := &candidate{name: name, got: make(map[string][]float64)}
+		c.a, c.b = l.host().container("10.32.0.1/12"), l.host().container("10.32.0.2/12")
+		c.a.knows(c.b)
+		c.b.knows(c.a)
+		if os.Getenv("FASTDP_WIRE") != "" {
+			l.cutToMTU()
+		}
+		if name == "kernel path" {
+			l.startAll()
+		} else {
+			l.plainVXLAN()
+		}
+		all = append(all, c)
+	}
+	metrics := []string{"TCP 1", "TCP 4", "datagrams", "RTT"}
+	for range rounds {
+		for _, c := range all {
+			l := c.a.host.lab
+			c.got["TCP 1"] = append(c.got["TCP 1"], l.iperf(c.a, c.b, 1))
+			c.got["TCP 4"] = append(c.got["TCP 4"], l.iperf(c.a, c.b, 4))
+			c.got["datagrams"] = append(c.got["datagrams"], l.blast(c.a, c.b))
+			c.got["RTT"] = append(c.got["RTT"], l.pingpong(c.a, c.b))
+		}
+		slices.Reverse(all)
+	}
+	slices.SortFunc(all, func(x, y *candidate) int { return len(x.name) - len(y.name) })
+	for _, m := range metrics {
+		var medians []float64
+		for _, c := range all {
+			v := slices.Sorted(slices.Values(c.got[m]))
+			medians = append(medians, v[len(v)/2])
+			b.Logf("%-10s %-17s median %.2f of %.2f", m, c.name, v[len(v)/2], c.got[m])
+		}
+		b.Logf("%-10s ratio %.2f", m, medians[0]/medians[1])
+	}
+}
+
+// plainVXLAN makes of the lab's two hosts what flannel and Docker's overlay make.
+func (l *lab) plainVXLAN() {
+	for i, h := range l.hosts {
+		name, other := fmt.Sprintf("h%d", h.n), l.hosts[1-i]
+		l.ip(name, fmt.Sprintf("link add vx mtu 1410 type vxlan id 7 dstport 6784 local %v nolearning", h.addr()))
+		l.ip(name, "link set vx master mesh up")
+		for _, c := range other.cts {
+			l.run("nsenter", "--net=/run/netns/"+h.ns, "bridge", "fdb", "append", c.port.MAC.String(), "dev", "vx", "dst", other.addr().String())
+			l.run("nsenter", "--net=/run/netns/"+h.ns, "bridge", "fdb", "add", c.port.MAC.String(), "dev", "vx", "master", "static")
+		}
+	}
+}
+
+// cutToMTU turns the segmentation offloads of the underlay off.
+func (l *lab) cutToMTU() {
+	for _, h := range l.hosts {
+		for _, at := range [][2]string{{h.ns, "eth0"}, {l.prefix + "net", fmt.Sprintf("p%d", h.n)}} {
+			l.run("nsenter", "--net=/run/netns/"+at[0], "ethtool", "-K", at[1], "tso", "off", "gso", "off", "tx-udp_tnl-segmentation", "off", "tx-udp_tnl-csum-segmentation", "off")
+		}
+	}
+}
+
+const benchFor = 3 * time.Second
+
+// iperf is TCP throughput in Gbit/s.
+func (l *lab) iperf(from, to *labContainer, streams int) float64 {
+	l.t.Helper()
+	addr := to.port.Addrs[0].Addr().String()
+	server := l.inside(to.ns, "iperf3", "-s", "-1", "-B", addr)
+	if err := server.Start(); err != nil {
+		l.t.Fatal(err)
+	}
+	defer func() { server.Process.Kill(); server.Wait() }()
+	var out []byte
+	if !eventually(5*time.Second, func() bool {
+		var err error
+		out, err = l.inside(from.ns, "iperf3", "-c", addr, "-P", strconv.Itoa(streams), "-t", strconv.Itoa(int(benchFor.Seconds())), "-J").Output()
+		return err == nil
+	}) {
+		l.t.Fatalf("iperf3: %s", out)
+	}
+	var r struct {
+		End struct {
+			Received struct {
+				Rate float64 `json:"bits_per_second"`
+			} `json:"sum_received"`
+		}
+	}
+	if err := json.Unmarshal(out, &r); err != nil {
+		l.t.Fatal(err)
+	}
+	return r.End.Received.Rate / 1e9
+}
+
+// blast is how many thousand 64-byte datagrams per second arrive when they are sent as fast as one socket can.
+func (l *lab) blast(from, to *labContainer) float64 {
+	l.t.Helper()
+	return l.measured("sink", "blast", from, to) / 1000
+}
+
+// pingpong is the median round trip of small datagrams, in microseconds.
+func (l *lab) pingpong(from, to *labContainer) float64 {
+	l.t.Helper()
+	return l.measured("echo", "ping", from, to)
+}
+
+func (l *lab) measured(far, near string, from, to *labContainer) float64 {
+	l.t.Helper()
+	addr := net.JoinHostPort(to.port.Addrs[0].Addr().String(), "7779")
+	f := l.process(to.ns, "bench", stream{Listen: addr, To: far})
+	var ready struct{}
+	if err := f.out.Decode(&ready); err != nil {
+		l.t.Fatal(err)
+	}
+	n := l.process(from.ns, "bench", stream{To: addr, Listen: near})
+	var result float64
+	if err := n.out.Decode(&result); err != nil {
+		l.t.Fatal(err)
+	}
+	f.in.Close()
+	if far == "sink" {
+		if err := f.out.Decode(&result); err != nil {
+			l.t.Fatal(err)
+		}
+	}
+	return result
+}
+
+// benchMain is one end of a measurement. They use the system calls alone: Go's poller would be most of
+// what is measured.
+func benchMain(arg string) int {
+	var s stream
+	if err := json.Unmarshal([]byte(arg), &s); err != nil {
+		return 2
+	}
+	out := json.NewEncoder(os.Stdout)
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 1
+	}
+	server := s.To == "sink" || s.To == "echo"
+	at := s.To
+	if server {
+		at = s.Listen
+	}
+	ap := netip.MustParseAddrPort(at)
+	sa := &unix.SockaddrInet4{Addr: ap.Addr().As4(), Port: int(ap.Port())}
+	unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 200000})
+	buf := make([]byte, 64)
+	if server {
+		if err := unix.Bind(fd, sa); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		out.Encode(struct{}{}) // ready
+		if s.To == "echo" {
+			stop := closedStdin()
+			for {
+				n, from, err := unix.Recvfrom(fd, buf, 0)
+				if err == nil {
+					unix.Sendto(fd, buf[:n], 0, from)
+					continue
+				}
+				select {
+				case <-stop:
+					return 0
+				default:
+				}
+			}
+		}
+		var n int
+		var first, last time.Time
+		for {
+			if _, err := unix.Read(fd, buf); err != nil {
+				if n > 0 {
+					break
+				}
+				continue
+			}
+			if n++; n == 1 {
+				first = time.Now()
+			}
+			if n%1000 == 0 {
+				last = time.Now()
+			}
+		}
+		out.Encode(float64(n/1000*1000) / last.Sub(first).Seconds())
+		return 0
+	}
+	if err := unix.Connect(fd, sa); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	end := time.Now().Add(benchFor)
+	if s.Listen == "blast" {
+		n := 0
+		for ; n%100 != 0 || time.Now().Before(end); n++ {
+			unix.Write(fd, buf)
+		}
+		out.Encode(float64(n))
+		return 0
+	}
+	var rtts []time.Duration
+	for time.Now().Before(end) {
+		begun := time.Now()
+		unix.Write(fd, buf)
+		if _, err := unix.Read(fd, buf); err == nil {
+			rtts = append(rtts, time.Since(begun))
+		}
+	}
+	if len(rtts) == 0 {
+		return 1
+	}
+	slices.Sort(rtts)
+	out.Encode(float64(rtts[len(rtts)/2].Nanoseconds()) / 1000)
+	return 0
+}
