@@ -69,6 +69,8 @@ type Store interface {
 // Docker looks at containers and tells of their starts and ends.
 type Docker interface {
 	Container(ctx context.Context, name string) (docker.Container, error)
+	// Running lists the ids of running containers that have a label.
+	Running(ctx context.Context, label string) ([]string, error)
 	// Watch runs until ctx ends, also while Docker is away.
 	Watch(ctx context.Context, f func(docker.Event)) error
 }

@@ -442,6 +442,20 @@ func (w *world) Container(_ context.Context, name string) (docker.Container, err
 	return docker.Container{}, fmt.Errorf("container %s: %w", name, docker.ErrNotFound)
 }
 
+func (w *world) Running(_ context.Context, label string) (ids []string, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.away {
+		return nil, docker.ErrUnavailable
+	}
+	for id, c := range w.containers {
+		if _, ok := c.Config.Labels[label]; ok && c.State.Running {
+			ids = append(ids, id)
+		}
+	}
+	return ids, nil
+}
+
 func (w *world) Watch(ctx context.Context, f func(docker.Event)) error {
 	w.mu.Lock()
 	away := w.away

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"meshd/container/docker"
 	"meshd/mesh"
 )
 
@@ -31,6 +32,11 @@ type Config struct {
 	Announcer Announcer
 	Store     Store
 	Docker    Docker // nil: no containers by name, only pid:N and netns:PATH
+
+	// Wanted says whether a running container that nobody asked to attach belongs on the mesh, and how: one
+	// that the proxy made and Docker started by itself. nil: none does. WantedLabel is what such ones bear.
+	Wanted      func(docker.Container) (Request, bool)
+	WantedLabel string
 
 	// OpenNamespace opens the file of a network namespace, and nothing else.
 	OpenNamespace func(path string) (*os.File, error)

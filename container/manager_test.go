@@ -468,6 +468,54 @@ func TestStoreLost(t *testing.T) {
 	})
 }
 
+// Containers that the proxy made and Docker started, with nobody there to attach them.
+func TestWanted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		label := func(i, pid int, name, value string) string {
+			id := w.start(i, pid, name)
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			c := w.containers[id]
+			c.Config.Labels = map[string]string{"l": value}
+			w.containers[id] = c
+			return id
+		}
+		early, off := label(1, 100, "early", "10.2.1.1/24"), label(2, 200, "off", "none")
+		w.start(3, 300, "plain")
+		cfg := w.config()
+		cfg.WantedLabel = "l"
+		cfg.Wanted = func(c docker.Container) (Request, bool) {
+			value, ok := c.Config.Labels["l"]
+			return Request{Addrs: specs(t, value)}, ok
+		}
+		m, err := New(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		stop := w.run(m)
+		defer stop()
+		synctest.Wait()
+		w.wantPort(early, "10.2.1.1/24")
+		w.wantNothing(off, false)
+		w.wantNothing(id(3), false)
+		late := label(4, 400, "late", "")
+		w.tell(docker.Started, late)
+		synctest.Wait()
+		w.wantPort(late, "10.32.0.1/28")
+		// What cannot be attached now is later.
+		w.failing("Claim", errDeliver)
+		poor := label(5, 500, "poor", "10.2.1.5/24")
+		w.tell(docker.Started, poor)
+		synctest.Wait()
+		w.wantNothing(poor, false)
+		w.failing("Claim", nil)
+		time.Sleep(lastRetry)
+		synctest.Wait()
+		w.wantPort(poor, "10.2.1.5/24")
+	})
+}
+
 // Somebody removes a port under us.
 func TestPortVanishes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

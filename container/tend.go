@@ -114,11 +114,62 @@ func (m *Manager) hear(e docker.Event) {
 				m.tend(r.Owner)
 			}
 		}
+		if m.cfg.Wanted != nil {
+			m.tend(wantedOwner)
+		}
 	case docker.Started, docker.Died, docker.Destroyed:
-		if _, ok := m.record(e.ID); ok {
+		if _, ok := m.record(e.ID); ok || m.cfg.Wanted != nil && e.Kind == docker.Started {
 			m.tend(e.ID)
 		}
 	}
+}
+
+// wantedOwner stands, where an owner is tended, for all containers that are wanted and not known.
+const wantedOwner = "wanted"
+
+// lookForWanted tends the running containers that may be wanted.
+func (m *Manager) lookForWanted(ctx context.Context) error {
+	ids, err := m.cfg.Docker.Running(ctx, m.cfg.WantedLabel)
+	if errors.Is(err, docker.ErrUnavailable) {
+		return nil // it will be heard of
+	}
+	for _, id := range ids {
+		m.tend(id)
+	}
+	return err
+}
+
+// lookUnknown attaches a container that nobody asked to attach, if it is wanted.
+func (m *Manager) lookUnknown(ctx context.Context, id string) error {
+	if m.cfg.Docker == nil || m.cfg.Wanted == nil || isNamespaceOwner(id) || id == mesh.OwnerExpose {
+		return nil
+	}
+	c, err := m.cfg.Docker.Container(ctx, id)
+	if errors.Is(err, docker.ErrUnavailable) || errors.Is(err, docker.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	req, ok := m.cfg.Wanted(c)
+	if !ok || !c.State.Running {
+		return nil
+	}
+	specs, err := wanted(req.Addrs)
+	if err != nil {
+		return nil // it says itself that it stays off
+	}
+	t, err := m.runningTarget(c)
+	if err != nil {
+		return nil
+	}
+	short, cancel := context.WithTimeout(ctx, regainTime)
+	defer cancel()
+	_, err = m.attachLocked(short, t, specs, req)
+	if errors.Is(err, errNotRunning) {
+		return nil
+	}
+	return err
 }
 
 // Recheck compares the records with the ports in the kernel and sees to those that differ. The watcher
@@ -206,6 +257,9 @@ func (m *Manager) tendLoop(ctx context.Context, owner string, again chan struct{
 
 // look brings one owner to where it should be, and says when to look again; zero means when something happens.
 func (m *Manager) look(ctx context.Context, owner string) (next time.Duration, err error) {
+	if owner == wantedOwner {
+		return 0, m.lookForWanted(ctx)
+	}
 	unlock, err := m.lock(ctx, owner)
 	if err != nil {
 		return 0, err
@@ -213,7 +267,7 @@ func (m *Manager) look(ctx context.Context, owner string) (next time.Duration, e
 	defer unlock()
 	r, ok := m.record(owner)
 	if !ok {
-		return 0, nil
+		return 0, m.lookUnknown(ctx, owner)
 	}
 	if owner == mesh.OwnerExpose {
 		return 0, m.exposeAgain(ctx, r)

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -20,6 +21,7 @@ import (
 	"meshd/ipam"
 	"meshd/mesh"
 	"meshd/proxy"
+	"meshd/proxy/wait"
 	"meshd/router"
 	"meshd/router/gossip"
 	"meshd/router/hostnet"
@@ -311,6 +313,9 @@ func (h *house) buildContainers() error {
 		}
 		cfg.Docker = h.docker
 	}
+	if d.Proxy.On && d.API != "" {
+		cfg.Wanted, cfg.WantedLabel = h.wanted, proxy.LabelAddrs
+	}
 	var err error
 	if h.containers, err = container.New(cfg); err != nil {
 		return err
@@ -337,6 +342,22 @@ func (h *house) buildContainers() error {
 	}
 	h.proxy, err = proxy.New(pc, containers{h.containers}, h.log.With("room", "proxy"))
 	return err
+}
+
+// wanted says how a container that the proxy made is attached when Docker starts it by itself. The label
+// alone does not count, for any image may have it; the waiter's place can only come from the proxy.
+func (h *house) wanted(c docker.Container) (container.Request, bool) {
+	p := h.cfg.Docker.Proxy
+	value, labelled := c.Config.Labels[proxy.LabelAddrs]
+	specs, err := mesh.ParseAddrSpecs(value)
+	if !labelled || err != nil || !slices.Contains(c.HostConfig.Binds, waitDir(h.cfg)+":"+wait.Mount+":ro") {
+		return container.Request{}, false
+	}
+	ownHosts := slices.Contains([]string{"", "default", "bridge", "none"}, c.HostConfig.NetworkMode)
+	return container.Request{
+		Addrs: specs, WithoutDNS: h.names == nil || p.NoDNS, RewriteHosts: ownHosts && !p.NoRewriteHosts,
+		AddHosts: c.HostConfig.ExtraHosts, NoMulticastRoute: p.NoMulticastRoute,
+	}, true
 }
 
 // firewallConfig closes to containers what only peers and the host itself have business with.

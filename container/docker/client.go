@@ -128,7 +128,14 @@ type Container struct {
 	HostsPath  string
 	State      State
 	Config     Settings
-	HostConfig struct{ NetworkMode string }
+	HostConfig HostConfig
+}
+
+// HostConfig is how a container sits on its host.
+type HostConfig struct {
+	NetworkMode string
+	Binds       []string
+	ExtraHosts  []string
 }
 
 // State is how a container is.
@@ -165,6 +172,35 @@ func (c *Client) Container(ctx context.Context, name string) (Container, error) 
 		err = fmt.Errorf("container %s: Docker's answer has no id", name)
 	}
 	return out, err
+}
+
+// Running lists the ids of running containers that have a label.
+func (c *Client) Running(ctx context.Context, label string) ([]string, error) {
+	filters, err := json.Marshal(map[string][]string{"label": {label}, "status": {"running"}})
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	resp, err := c.call(ctx, http.MethodGet, "/containers/json", url.Values{"filters": {string(filters)}})
+	if err != nil {
+		return nil, fmt.Errorf("list containers: %w", err)
+	}
+	defer resp.Body.Close()
+	if err := statusError(resp); err != nil {
+		return nil, fmt.Errorf("list containers: %w", err)
+	}
+	var list []struct {
+		ID string `json:"Id"`
+	}
+	if err := decode(resp.Body, &list); err != nil {
+		return nil, fmt.Errorf("list containers: Docker's answer: %w", err)
+	}
+	var ids []string
+	for _, one := range list {
+		ids = append(ids, one.ID)
+	}
+	return ids, nil
 }
 
 // Image looks at an image by id or name.

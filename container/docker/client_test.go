@@ -44,7 +44,7 @@ func (d *daemon) start(t *testing.T) *Client {
 	})}}
 	s.Start()
 	t.Cleanup(s.Close)
-	c, err := New(Config{Endpoint: "unix://" + path, Timeout: 2 * time.Second})
+	c, err := New(Config{Endpoint: "unix://" + path, Timeout: 10 * time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -80,7 +80,7 @@ func TestContainer(t *testing.T) {
 		case "empty":
 			fmt.Fprint(w, `{}`)
 		case "giant":
-			fmt.Fprintf(w, `{"Id":%q}`, strings.Repeat("x", maxBody))
+			w.Write([]byte(`{"Id":"` + strings.Repeat("x", maxBody) + `"}`))
 		case "broken":
 			w.WriteHeader(500)
 			fmt.Fprint(w, `{"message":"the disk is on fire"}`)
@@ -110,6 +110,23 @@ func TestContainer(t *testing.T) {
 		if _, err := c.Container(t.Context(), name); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%.20q: got %v, want %q", name, err, want)
 		}
+	}
+}
+
+func TestRunning(t *testing.T) {
+	d := &daemon{version: "1.41", mux: http.NewServeMux()}
+	d.mux.HandleFunc("GET /v1.41/containers/json", func(w http.ResponseWriter, r *http.Request) {
+		if got := r.URL.Query().Get("filters"); got != `{"label":["l"],"status":["running"]}` {
+			w.WriteHeader(500)
+		}
+		fmt.Fprint(w, `[{"Id":"a","Names":["/x"]},{"Id":"b"}]`)
+	})
+	c := d.start(t)
+	if ids, err := c.Running(t.Context(), "l"); err != nil || len(ids) != 2 || ids[1] != "b" {
+		t.Errorf("got %v, %v", ids, err)
+	}
+	if _, err := c.Running(t.Context(), "other"); err == nil {
+		t.Error("a refusal is no error")
 	}
 }
 
