@@ -31,8 +31,9 @@ type memNet struct {
 	cut       map[[2]netip.AddrPort]bool
 	sniff     func(from, to netip.AddrPort, b []byte) // sees all that is sent
 	mangle    func(b []byte) []byte
-	ifMTU     int // what PathMTU says
-	refuse    int // datagrams larger than this are refused by the sender's interface; 0: none
+	ifMTU     int   // what PathMTU says
+	refuse    int   // datagrams larger than this are refused by the sender's interface; 0: none
+	fail      error // what Write returns
 	carried   int
 	last      time.Time // without jitter datagrams keep their order: each arrives a little later than the one before
 }
@@ -103,6 +104,9 @@ func (c *memConn) Write(b []byte, size int, to netip.AddrPort, _ bool) error {
 	n := c.n
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if n.fail != nil {
+		return n.fail
+	}
 	var together []byte
 	var receiver *memConn
 	for len(b) > 0 {
@@ -329,8 +333,9 @@ func (wireSwitch) FromPeer([]byte, mesh.PeerName, time.Time) router.Decision {
 // memPort is a TAP in memory.
 type memPort struct {
 	in     chan []byte
-	mu     sync.Mutex
+	mu     sync.Mutex // guards out, err
 	out    [][]byte
+	err    error // of Read and Write
 	closed chan struct{}
 	once   sync.Once
 }
@@ -341,7 +346,22 @@ func newMemPort() *memPort {
 
 var errMemClosed = errors.Join(net.ErrClosed, errors.New("closed"))
 
+func (p *memPort) fail(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.err = err
+}
+
+func (p *memPort) failed() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.err
+}
+
 func (p *memPort) Read(b []byte) (int, error) {
+	if err := p.failed(); err != nil {
+		return 0, err
+	}
 	select {
 	case f := <-p.in:
 		return copy(b, f), nil
@@ -362,6 +382,9 @@ func (p *memPort) TryRead(b []byte) (int, error) {
 func (p *memPort) Write(b []byte) (int, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.err != nil {
+		return 0, p.err
+	}
 	p.out = append(p.out, append([]byte(nil), b...))
 	return len(b), nil
 }

@@ -449,3 +449,50 @@ func TestCable(t *testing.T) {
 		})
 	}
 }
+
+// New keys every 50 ms, begun by both sides, under a TCP transfer: nothing is lost (C6).
+func TestRekeyUnderLoad(t *testing.T) {
+	k := newCable(t, password(pskOne))
+	ctx, cancel := context.WithCancel(t.Context())
+	var g sync.WaitGroup
+	for i, x := range k.tun {
+		other := k.tun[1-i].name
+		g.Go(func() {
+			tick := time.NewTicker(50 * time.Millisecond)
+			defer tick.Stop()
+			for {
+				select {
+				case <-ctx.Done():
+					return
+				case <-tick.C:
+					x.call(func(now time.Time) {
+						if p := (*x.peers.Load())[other]; p != nil && p.attempt == nil {
+							x.renew(p, now)
+						}
+					})
+				}
+			}
+		})
+	}
+	seen := map[uint32]bool{}
+	for range 8 {
+		k.transfer(t, 0, "10.98.0.2", 16<<20)
+		if p := (*k.tun[0].peers.Load())[k.tun[1].name]; p != nil {
+			seen[p.send.Load().local] = true
+		}
+	}
+	cancel()
+	g.Wait()
+	for i, x := range k.tun {
+		d := x.Drops()
+		t.Logf("host %d: drops %v", i, d)
+		for _, why := range []string{"session", "forged", "replay", "counter", "no_session", "queue"} {
+			if d[why] != 0 {
+				t.Errorf("host %d: %d drops: %s", i, d[why], why)
+			}
+		}
+	}
+	if len(seen) < 4 {
+		t.Errorf("%d keys seen", len(seen))
+	}
+}

@@ -26,7 +26,7 @@ type receiver struct {
 }
 
 const (
-	readBatch  = 16
+	readBatch  = 64
 	readBuffer = 65535
 )
 

@@ -703,3 +703,133 @@ func TestPasswordRotation(t *testing.T) {
 		return []*node{a, b}
 	})
 }
+
+// A peer behind a relay is restarted: the other end learns of it by a hint through the relay.
+func TestRestartBehindRelay(t *testing.T) {
+	bubble(t, func(t *testing.T) []*node {
+		n := newMemNet(1)
+		a := startNode(t, n, 1, "10.0.0.1:6783", password(pskOne))
+		m := startNode(t, n, 2, "10.0.0.2:6783", password(pskOne))
+		z := startNode(t, n, 3, "10.0.0.3:6783", password(pskOne))
+		line(t, a, m, z)
+		a.tun.Send(z.name(), []byte("first"))
+		until(t, time.Second, "message", func() bool { return len(z.got()) == 1 })
+		wait(2 * time.Second)
+		z.kill()
+		wait(time.Second)
+		again := startNode(t, n, 3, "10.0.0.3:6783", password(pskOne))
+		again.routes.set(a.name(), m.name())
+		again.tun.Dial(m.conn.addr)
+		until(t, time.Second, "link", func() bool { return linked(m, again) && linked(again, m) })
+		took := until(t, 3*time.Second, "message", func() bool {
+			a.tun.Send(again.name(), []byte("again"))
+			return len(again.got()) > 0
+		})
+		t.Logf("resumed after %v", took)
+		if took > time.Second {
+			t.Errorf("resumed after %v", took)
+		}
+		return []*node{a, m, again}
+	})
+}
+
+// The interface's own MTU is lowered under a running link, and raised again.
+func TestInterfaceMTUChanges(t *testing.T) {
+	bubble(t, func(t *testing.T) []*node {
+		n := newMemNet(1)
+		a, b := framePair(t, n, pskOne)
+		wait(2 * time.Second)
+		seq := uint32(0)
+		burst := func() bool {
+			a.port.in <- address(frameSpec{partial: true, flags: tcpACK, seq: seq, payload: 1370 * 8, gso: 1370}.build(), b.name())
+			seq += 1370 * 8
+			wait(20 * time.Millisecond)
+			got := 0
+			for _, f := range b.port.frames() {
+				p := mustParse(f[vnetLen:])
+				got += p.end - p.payload
+			}
+			return got == 1370*8
+		}
+		if !burst() {
+			t.Fatal("not whole at first")
+		}
+		n.set(func() { n.refuse, n.ifMTU = 1280-28, 1280 })
+		took := until(t, 3*time.Second, "whole again", burst)
+		t.Logf("whole after %v", took)
+		if took > 500*time.Millisecond {
+			t.Errorf("whole after %v", took)
+		}
+		if s := statusOf(a, b); s.MTU > 1252 || s.MTU < 1252-searchStep {
+			t.Errorf("MTU %d", s.MTU)
+		}
+		n.set(func() { n.refuse, n.ifMTU = 0, 1500 })
+		took = until(t, 10*time.Second, "full size", func() bool { return statusOf(a, b).MTU == 1472 })
+		t.Logf("full size after %v", took)
+		changed := a.took(router.LinkChanged)
+		if len(changed) == 0 || changed[len(changed)-1].Link.MTU > 1472 {
+			t.Errorf("events: %+v", changed)
+		}
+		return []*node{a, b}
+	})
+}
+
+// Errors of the socket are counted and do not stop anything.
+func TestSocketErrors(t *testing.T) {
+	bubble(t, func(t *testing.T) []*node {
+		n := newMemNet(1)
+		a, b := framePair(t, n, pskOne)
+		for _, c := range []struct {
+			err  error
+			want string
+		}{{errFull, "send_full"}, {errors.New("operation not permitted"), "send_error"}, {errTooLarge, "send_size"}} {
+			n.set(func() { n.fail = c.err })
+			for range 20 {
+				a.port.in <- address(frameSpec{udp: true, payload: 100}.build(), b.name())
+				a.tun.Send(b.name(), []byte("x"))
+			}
+			wait(50 * time.Millisecond)
+			n.set(func() { n.fail = nil })
+			if d := a.tun.Drops(); d[c.want] == 0 {
+				t.Errorf("%v: drops %v", c.err, d)
+			}
+		}
+		wait(5 * time.Second)
+		b.port.frames()
+		b.got()
+		a.port.in <- address(frameSpec{udp: true, payload: 100}.build(), b.name())
+		a.tun.Send(b.name(), []byte("x"))
+		wait(50 * time.Millisecond)
+		if len(b.port.frames()) != 1 || len(b.got()) != 1 {
+			t.Error("does not work any more")
+		}
+		return []*node{a, b}
+	})
+}
+
+// A port that fails for a while is counted, named once in the log, and used again.
+func TestPortFails(t *testing.T) {
+	bubble(t, func(t *testing.T) []*node {
+		n := newMemNet(1)
+		a, b := framePair(t, n)
+		a.port.fail(errors.New("file descriptor in bad state"))
+		b.port.fail(errors.New("no buffer space"))
+		a.port.in <- address(frameSpec{udp: true, payload: 10}.build(), b.name()) // ends the read that waits
+		wait(3 * time.Second)
+		if n := a.tun.Drops()["port"]; n < 2 || n > 5 {
+			t.Errorf("%d failed reads", n)
+		}
+		if b.tun.Drops()["port"] != 1 {
+			t.Errorf("drops: %v", b.tun.Drops())
+		}
+		a.port.fail(nil)
+		b.port.fail(nil)
+		wait(2 * time.Second)
+		a.port.in <- address(frameSpec{udp: true, payload: 10}.build(), b.name())
+		wait(50 * time.Millisecond)
+		if len(b.port.frames()) != 1 {
+			t.Error("not used again")
+		}
+		return []*node{a, b}
+	})
+}
