@@ -34,12 +34,15 @@ func (r *Ring) Changes() map[string][]byte {
 		}
 	}
 	for id := range r.dirtyIDs {
-		m := r.members[id]
-		v := []byte{byte(m.Flags)}
-		for _, f := range m.Fences {
-			v = AppendID(v, f)
+		key := "m" + hex.EncodeToString(AppendID(nil, id))
+		out[key] = nil
+		if m := r.members[id]; m != nil {
+			v := []byte{byte(m.Flags)}
+			for _, f := range m.Fences {
+				v = AppendID(v, f)
+			}
+			out[key] = v
 		}
-		out["m"+hex.EncodeToString(AppendID(nil, id))] = v
 	}
 	clear(r.dirty)
 	clear(r.dirtyIDs)
@@ -54,9 +57,7 @@ func (r *Ring) Retry(keys map[string][]byte) {
 		if start, err := strconv.ParseUint(k[1:], 16, 64); err == nil && k[0] == 't' {
 			r.dirty[start] = struct{}{}
 		} else if raw, err := hex.DecodeString(k[1:]); err == nil && len(raw) == idSize {
-			if id := ParseID(raw); r.members[id] != nil {
-				r.dirtyIDs[id] = struct{}{}
-			}
+			r.dirtyIDs[ParseID(raw)] = struct{}{}
 		}
 	}
 }

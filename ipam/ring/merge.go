@@ -32,8 +32,8 @@ func (r *Ring) Accepts(cluster uint64, rng netip.Prefix) error {
 }
 
 // Merge takes over from the delta whatever is newer, and returns just that. The first delta with a
-// cluster founds this view. Addresses whose present owner is frozen, says the caller, change only by a takeover;
-// a nil function freezes nobody.
+// cluster founds this view. Addresses leave an owner that is frozen, says the caller, only by a takeover; a
+// nil function freezes nobody.
 func (r *Ring) Merge(d Delta, frozen func(owner ID) bool) (news Delta, err error) {
 	if err := r.check(d); err != nil {
 		return Delta{}, err
@@ -71,7 +71,12 @@ func (r *Ring) check(d Delta) error {
 	if err := r.Accepts(d.Cluster, d.Range); err != nil {
 		return err
 	}
-	size, last, fresh := Size(d.Range), uint64(0), 2*len(d.Segments)
+	size, last, fresh := Size(d.Range), uint64(0), 0
+	count := func(id ID) {
+		if _, known := r.index[id]; !known {
+			fresh++
+		}
+	}
 	for i, s := range d.Segments {
 		if s.Start >= s.End || s.End > size || i > 0 && s.Start < last {
 			return fmt.Errorf("%w: segments out of order or out of range", ErrMalformed)
@@ -80,14 +85,18 @@ func (r *Ring) check(d Delta) error {
 			return fmt.Errorf("%w: a segment of nobody", ErrMalformed)
 		}
 		last = s.End
+		count(s.Owner)
+		count(s.By)
 	}
 	for _, m := range d.Members {
-		fresh += 1 + len(m.Fences)
+		if r.members[m.ID] == nil {
+			fresh++
+		}
 		if m.ID.IsZero() || len(m.Fences) > maxFences || slices.ContainsFunc(m.Fences, ID.IsZero) {
 			return fmt.Errorf("%w: a member without a name", ErrMalformed)
 		}
 	}
-	if len(r.ids)+len(r.members)+fresh > maxIDs {
+	if fresh > 0 && len(r.ids)+len(r.members)+fresh > maxIDs {
 		return fmt.Errorf("%w: more than %d members", ErrMalformed, maxIDs)
 	}
 	return nil

@@ -132,6 +132,8 @@ type Ring struct {
 	members map[ID]*Member
 
 	gen       uint64
+	digest    uint64 // of the members, at digestGen
+	digestGen uint64
 	conflicts []Conflict
 	dirty     map[uint64]struct{} // starts of tokens that came, went or changed
 	dirtyIDs  map[ID]struct{}     // members that changed
@@ -161,6 +163,20 @@ func New(rng netip.Prefix) *Ring {
 		r.setRange(rng)
 	}
 	return r
+}
+
+// Reset forgets everything but the range and goes on as an empty view of another cluster.
+func (r *Ring) Reset(cluster uint64) {
+	for _, t := range r.tokens {
+		r.dirty[t.start] = struct{}{}
+	}
+	for id := range r.members {
+		r.dirtyIDs[id] = struct{}{}
+	}
+	r.cluster, r.successor = cluster, 0
+	r.tokens, r.ids, r.index = []token{{}}, []ID{{}}, map[ID]uint32{{}: 0}
+	r.members, r.conflicts = make(map[ID]*Member), nil
+	r.gen++
 }
 
 func (r *Ring) setRange(rng netip.Prefix) {
@@ -380,9 +396,11 @@ func (r *Ring) Digest(id ID) uint64 {
 
 // MembersDigest stands for the members and their flags and fences in this view.
 func (r *Ring) MembersDigest() uint64 {
-	var sum uint64 // the order of the map must not matter
-	for _, m := range r.members {
-		sum += hashMember(m).sum()
+	if r.digestGen != r.gen {
+		r.digest, r.digestGen = 0, r.gen
+		for _, m := range r.members {
+			r.digest += hashMember(m).sum() // the order of the map must not matter
+		}
 	}
-	return sum
+	return r.digest
 }

@@ -1,0 +1,166 @@
+package ipam
+
+import (
+	"encoding/binary"
+	"fmt"
+	"hash/fnv"
+	"slices"
+	"time"
+
+	"meshd/ipam/election"
+	"meshd/ipam/ring"
+	"meshd/mesh"
+)
+
+// maxFounders bounds who gets a share at the founding; the others ask when they need space.
+const maxFounders = 100
+
+// found gets the ring founded, if it is needed and nobody has it.
+func (c *core) found() {
+	if c.ring.Cluster() != 0 || c.left {
+		return
+	}
+	needed := len(c.holds.contest) > 0 || slices.ContainsFunc(c.waiting, func(call *call) bool {
+		return call.op == opAllocate || call.op == opClaim || call.op == opPrime
+	})
+	if !needed {
+		return
+	}
+	switch c.cfg.Init.Mode {
+	case Seed:
+		c.foundBySeed()
+	case Observer:
+		if c.now >= c.attemptAt {
+			c.attemptAt = c.now + time.Second
+			for _, name := range c.alivePeers() {
+				c.send(name, &message{kind: kindFound})
+			}
+		}
+	case Consensus:
+		c.wantElection()
+	}
+}
+
+// foundBySeed divides the range among the seed, without asking, but not before the peers in reach have
+// had the time to say that there is a ring.
+func (c *core) foundBySeed() {
+	if c.now-c.birth < c.cfg.Grace {
+		if c.seedAt == 0 {
+			c.seedAt = c.now
+		}
+		others := slices.ContainsFunc(c.cfg.Init.Seed, func(n mesh.PeerName) bool { return n != c.cfg.Name })
+		alive := c.alivePeers()
+		quiet := slices.ContainsFunc(alive, func(n mesh.PeerName) bool { return !c.peers[n].heard })
+		if quiet || others && len(alive) == 0 {
+			return
+		}
+	}
+	h := fnv.New64a()
+	h.Write([]byte(c.cfg.Range.String()))
+	names := slices.Clone(c.cfg.Init.Seed)
+	slices.SortFunc(names, mesh.PeerName.Compare)
+	var ids []ring.ID
+	for _, name := range slices.Compact(names) {
+		h.Write(name[:])
+		ids = append(ids, ring.ID{Peer: name})
+	}
+	c.founded = len(ids) == 1 && ids[0].Peer == c.cfg.Name
+	c.founding(ring.Founding(c.cfg.Range, max(h.Sum64(), 1), ids, 0, ids[0]))
+}
+
+func (c *core) founding(d ring.Delta) {
+	news, err := c.ring.Merge(d, nil)
+	if err != nil {
+		c.log.Error("the ring cannot be founded", "err", err)
+		return
+	}
+	c.log.Info("the address ring is founded", "range", c.cfg.Range, "cluster", hex64(d.Cluster), "founders", len(d.Members))
+	c.urgent = true
+	c.broadcast(news)
+	c.ringChanged()
+}
+
+// wantElection begins an attempt to found the ring by consensus, if the time has come and enough voters
+// are in reach.
+func (c *core) wantElection() {
+	if c.ring.Cluster() != 0 || c.cfg.Init.Mode != Consensus || c.left || c.now < c.attemptAt {
+		return
+	}
+	alive, voters := c.alivePeers(), 1
+	for _, name := range alive {
+		if c.peers[name].voter {
+			voters++
+		}
+	}
+	// A wrong guess of how many there will be is harmless as long as they know of each other.
+	c.quorum = max(c.cfg.Init.N, voters)/2 + 1
+	if 1+len(alive) < c.quorum {
+		return
+	}
+	c.attemptAt = c.now + foundingPause + time.Duration(c.rand.Int64N(int64(foundingPause)))
+	c.voted(c.voter.Start(alive, c.quorum, c.foundersValue))
+}
+
+// The value that is agreed on: the cluster's id (8), then the IDs (10 each) of who gets a share, the
+// proposer's first.
+func (c *core) foundersValue(cards map[mesh.PeerName][]byte) []byte {
+	cluster := c.rand.Uint64() | 1
+	value := ring.AppendID(binary.BigEndian.AppendUint64(nil, cluster), c.me)
+	for name, card := range cards {
+		if name != c.cfg.Name && len(card) == 10 && len(value) < 8+10*maxFounders {
+			value = append(value, card...)
+		}
+	}
+	return value
+}
+
+func (c *core) heedVote(from mesh.PeerName, m *message) {
+	if c.ring.Cluster() != 0 {
+		if m.cluster == 0 {
+			c.sendFacts(from, c.ring.Select(nil), 0)
+		}
+		return
+	}
+	vote, err := election.Parse(m.rest)
+	if err != nil {
+		c.log.Debug("bad vote", "peer", from, "err", err)
+		return
+	}
+	c.voted(c.voter.Handle(from, vote))
+}
+
+// voted sends what came out of a step of the election and looks whether it is over.
+func (c *core) voted(outs []election.Out) {
+	c.setMeta(metaElection, c.voter.State())
+	for _, o := range outs {
+		c.send(o.To, &message{kind: kindVote, rest: o.Msg.Append(nil)})
+	}
+	value := c.voter.Decided()
+	if value == nil || c.ring.Cluster() != 0 {
+		return
+	}
+	if len(value) < 18 || len(value)%10 != 8 {
+		c.log.Error("the election ended with a value that makes no sense", "bytes", len(value))
+		return
+	}
+	var ids []ring.ID
+	for b := value[8:]; len(b) > 0; b = b[10:] {
+		ids = append(ids, ring.ParseID(b))
+	}
+	c.founded = true
+	c.founding(ring.Founding(c.cfg.Range, binary.BigEndian.Uint64(value), ids, ring.Seen, ids[0]))
+}
+
+func (c *core) whyNoRing() string {
+	switch c.cfg.Init.Mode {
+	case Seed:
+		return "waiting to hear whether the peers in reach have a ring already"
+	case Observer:
+		return "waiting for the voters to found the ring"
+	}
+	q := c.quorum
+	if q == 0 {
+		q = c.cfg.Init.N/2 + 1
+	}
+	return fmt.Sprintf("awaiting consensus (quorum: %d, known: %d)", q, 1+len(c.alivePeers()))
+}

@@ -1,0 +1,117 @@
+package ipam
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+)
+
+// Two clusters that meet (because a quorum was guessed too small, or two networks were joined later)
+// both go on with their own ring: nothing is merged, nobody's addresses change, no connection is cut.
+// Both sides say so in their log and status. Addresses of the two may be equal, which only people can
+// decide about; so joining them is a command.
+//
+// Repair makes one cluster of two. The one with the lower id stays, so that repairs run on both sides
+// at once mean the same. The other one's ring is marked with its successor, which spreads like any other
+// part of it; every peer that sees the mark forgets the old ring, begins a new life in the successor, and
+// asks there for the addresses of what runs on it, one by one, as any peer does that lost its space. What
+// somebody else has already is a collision: it is logged, listed in Status and returned, and the
+// container keeps its address until it is renumbered (its next Allocate gives it another one). A peer that
+// missed all this, because it was away, is told so by the first peer of the successor that it talks to.
+
+// startRepair joins this cluster with another one in sight.
+func (c *core) startRepair(call *call) (goOn bool) {
+	other := c.otherCluster()
+	if other == 0 || c.ring.Cluster() == 0 {
+		if len(c.holds.contest) > 0 || c.ring.Successor() != 0 {
+			return true // under way already
+		}
+		if bad := c.collisions(); len(bad) > 0 {
+			c.reply(call, result{collisions: bad})
+			return false
+		}
+		c.reply(call, result{err: fmt.Errorf("%s: %w", call, ErrNoCluster)})
+		return false
+	}
+	if other < c.ring.Cluster() {
+		c.giveWay(other)
+	}
+	return true
+}
+
+// otherCluster is a cluster of our range that a live peer belongs to, or 0.
+func (c *core) otherCluster() (other uint64) {
+	for name, s := range c.strangers {
+		if s.Cluster != 0 && !s.Range.IsValid() && c.alive(name) && (other == 0 || s.Cluster < other) {
+			other = s.Cluster
+		}
+	}
+	return other
+}
+
+func (c *core) tryRepair(call *call) bool {
+	if other := c.otherCluster(); other != 0 {
+		call.why = "waiting for the peers of cluster " + hex64(other)
+		if other > c.ring.Cluster() && c.now-c.noticeAt >= fenceEvery {
+			c.noticeAt = c.now
+			for _, name := range c.alivePeers() {
+				if s := c.strangers[name]; s.Cluster != 0 && !s.Range.IsValid() {
+					c.send(name, &message{kind: kindNotice, old: s.Cluster, to: c.ring.Cluster()})
+				}
+			}
+		}
+		return false
+	}
+	if len(c.holds.contest) > 0 {
+		call.why = "asking for the addresses of what runs here"
+		return false
+	}
+	c.reply(call, result{collisions: c.collisions()})
+	return true
+}
+
+// giveWay marks our ring with its successor; seeing the mark, ringChanged moves us over.
+func (c *core) giveWay(to uint64) {
+	d := c.delta()
+	d.Successor = to
+	c.learn(d)
+}
+
+// heedNotice hears that a cluster, ours perhaps, gives way.
+func (c *core) heedNotice(m *message) {
+	if m.rng == c.cfg.Range && m.old == c.ring.Cluster() && m.old != 0 && m.to != 0 && m.to < m.old {
+		c.giveWay(m.to)
+		c.advance()
+	}
+}
+
+// moveTo leaves the cluster for its successor.
+func (c *core) moveTo(next uint64) {
+	old := c.ring.Cluster()
+	c.log.Warn("this cluster gives way to another", "old", hex64(old), "new", hex64(next))
+	c.past[old] = next
+	c.setMeta(metaPast+hex64(old), putU64(next))
+	c.setMeta(metaWrite, nil)
+	c.ring.Reset(next)
+	c.seenGen = c.ring.Generation()
+	for _, h := range c.holds.byOff {
+		if h.state == collided { // what collided there may be free here
+			c.holds.set(h, contest)
+			h.number, h.rival = 0, ""
+		}
+	}
+	c.newLife("cluster " + hex64(old) + " gave way to " + hex64(next))
+	for _, name := range c.alivePeers() {
+		if s := c.strangers[name]; s.Cluster == next {
+			delete(c.strangers, name)
+		}
+		c.send(name, c.compare(nil, 0))
+	}
+}
+
+// failWaiting answers every waiting call with an error, when the allocator stops.
+func (c *core) failWaiting() {
+	for _, call := range slices.Clone(c.waiting) {
+		c.cancel(call, errors.Join(ErrStopped))
+	}
+}
