@@ -126,7 +126,7 @@ func (h *house) checkRange() error {
 
 // openDevices makes or adopts the bridge and the TAP.
 func (h *house) openDevices() error {
-	if _, err := h.host.EnsureBridge(hostnet.BridgeSpec{MTU: h.mtu}); err != nil {
+	if _, err := h.host.EnsureBridge(h.bridgeSpec()); err != nil {
 		return err
 	}
 	var err error
@@ -146,11 +146,19 @@ func (h *house) openDevices() error {
 // tapQueues is how many goroutines read frames from the bridge.
 const tapQueues = 1
 
+// bridgeSpec is the bridge with an address made of the peer's name, so that it is the same after a reboot and
+// no other peer's.
+func (h *house) bridgeSpec() hostnet.BridgeSpec {
+	mac := mesh.MAC(h.self)
+	mac[0] = mac[0]&^1 | 2 // locally administered, of one interface (IEEE 802 8.2)
+	return hostnet.BridgeSpec{MTU: h.mtu, MAC: mac}
+}
+
 func hostConfig(cfg Config, log *slog.Logger) hostnet.Config {
 	o := cfg.Overlay
 	return hostnet.Config{
 		Bridge: o.Bridge, TAP: o.TAP, VXLAN: o.VXLAN, Inside: o.Ifname, DockerBridge: o.DockerBridge,
-		Log: log.With("room", "hostnet"),
+		Table: o.NFTable, Log: log.With("room", "hostnet"),
 	}
 }
 
@@ -366,7 +374,7 @@ func firewallConfig(cfg Config) hostnet.FirewallConfig {
 		UDPPorts:   []uint16{cfg.Underlay.Port, cfg.Underlay.VXLANPort},
 		TCPPorts:   []uint16{cfg.Underlay.Port},
 		LocalPorts: []uint16{},
-		Range:      cfg.Addresses.Range,
+		Range:      cfg.Addresses.Range, NoMasqLocal: cfg.Overlay.NoMasqLocal,
 	}
 	for _, addr := range []string{cfg.Control.HTTPAddr, cfg.Control.StatusAddr, cfg.Control.MetricsAddr} {
 		if a, err := netip.ParseAddrPort(addr); err == nil && a.Addr().IsLoopback() {
@@ -476,7 +484,7 @@ func (h *house) broadcast(ch mesh.Channel, delta []byte) {
 func (h *house) onHost(s hostnet.State) {
 	if len(s.Missing) > 0 {
 		h.log.Warn("somebody changed the bridge; putting it back", "missing", s.Missing)
-		if err := h.host.Restore(hostnet.BridgeSpec{MTU: h.mtu}); err != nil {
+		if err := h.host.Restore(h.bridgeSpec()); err != nil {
 			h.log.Warn("cannot put the bridge back", "err", err)
 		}
 	}

@@ -15,7 +15,7 @@ import (
 // BridgeSpec is the bridge as it should be.
 type BridgeSpec struct {
 	MTU int      // bytes of the largest packet inside the mesh; zero leaves what is there, or 1500
-	MAC mesh.MAC // zero leaves what is there, or lets the kernel choose
+	MAC mesh.MAC // zero leaves what is there, or takes a random one
 }
 
 // EnsureBridge makes or adopts the bridge and returns its MAC address. A bridge made by others under
@@ -66,6 +66,14 @@ func (h *Host) ensureBridge(want BridgeSpec) (mac mesh.MAC, err error) {
 			return mac, err
 		}
 		if ours {
+			// A bridge takes its address from its ports, and another one with each of them, until it is given one.
+			if want.MAC.IsZero() {
+				want.MAC = macOf(br.HardwareAddr)
+			}
+			if err := h.nl.LinkSetHardwareAddr(br, want.MAC[:]); err != nil {
+				return mac, fmt.Errorf("set MAC address: %w", err)
+			}
+			br.HardwareAddr = want.MAC[:]
 			if err := h.nl.LinkSetAlias(br, aliasPrefix); err != nil {
 				return mac, fmt.Errorf("set alias: %w", err)
 			}

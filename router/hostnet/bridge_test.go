@@ -48,6 +48,22 @@ func TestEnsureBridge(t *testing.T) {
 	wantLinks(t, ns)
 }
 
+// The bridge's address does not follow its ports.
+func TestBridgeKeepsMAC(t *testing.T) {
+	ns := newNamespace(t)
+	h := openHost(t, ns, Config{})
+	mac, err := h.EnsureBridge(BridgeSpec{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	run(t, ns, "ip link add low type veth peer name far")
+	run(t, ns, "ip link set low address 00:00:00:00:00:02")
+	run(t, ns, "ip link set low master mesh")
+	if now, _, err := h.Bridge(); err != nil || now != mac {
+		t.Errorf("MAC is %v, %v, was %v", now, err, mac)
+	}
+}
+
 func TestBridgeOfOthers(t *testing.T) {
 	ns := newNamespace(t)
 	h := openHost(t, ns, Config{Bridge: "br0"})

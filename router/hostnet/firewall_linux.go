@@ -23,10 +23,13 @@ import (
 
 // FirewallConfig says what the firewall guards. New works on a copy.
 type FirewallConfig struct {
-	UDPPorts   []uint16     // closed to containers; nil means 6783 and 6784
-	TCPPorts   []uint16     // the same; nil means 6783; add a control port that listens on TCP
-	LocalPorts []uint16     // TCP ports on loopback, closed to all others; nil means 6782
-	Range      netip.Prefix // the mesh's addresses, between which nothing is masqueraded; may be zero
+	UDPPorts   []uint16 // closed to containers; nil means 6783 and 6784
+	TCPPorts   []uint16 // the same; nil means 6783; add a control port that listens on TCP
+	LocalPorts []uint16 // TCP ports on loopback, closed to all others; nil means 6782
+	// NoMasqLocal keeps the source address of traffic from outside to containers of this host, which then
+	// need a route back. Otherwise it is masqueraded like traffic to those of other hosts.
+	NoMasqLocal bool
+	Range       netip.Prefix // the mesh's addresses, between which nothing is masqueraded; may be zero
 }
 
 const (
@@ -34,7 +37,7 @@ const (
 	legacyEvery = 5 * time.Second        // the same for iptables-legacy, which has no generation to ask for
 )
 
-// Firewall keeps the table `inet mesh`, and the rules that Docker's FORWARD chain needs beside it, as
+// Firewall keeps the one table of the family inet, and the rules that Docker's FORWARD chain needs beside it, as
 // they should be. The rules are applied as one transaction and put back when somebody flushes them.
 type Firewall struct {
 	host *Host
@@ -140,6 +143,18 @@ func (f *Firewall) wish() (wish, error) {
 		bridge: f.host.cfg.Bridge, mac: mac, docker: state.Docker, within: f.cfg.Range,
 		udp: f.cfg.UDPPorts, tcp: f.cfg.TCPPorts, local: f.cfg.LocalPorts,
 	}
+	if f.cfg.NoMasqLocal {
+		ports, err := f.host.Ports()
+		if err != nil {
+			return wish{}, err
+		}
+		for _, p := range ports {
+			for _, a := range p.Addrs {
+				w.keep = append(w.keep, a.Addr())
+			}
+		}
+		slices.SortFunc(w.keep, netip.Addr.Compare)
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for p, masquerade := range f.exposed {
@@ -166,7 +181,7 @@ func (f *Firewall) write(want []chain) error {
 	if err != nil {
 		return fmt.Errorf("nftables: %w", err)
 	}
-	t := &nftables.Table{Family: nftables.TableFamilyINet, Name: tableName}
+	t := &nftables.Table{Family: nftables.TableFamilyINet, Name: f.host.cfg.Table}
 	c.AddTable(t) // so that there is one to delete
 	c.DelTable(t)
 	c.AddTable(t)
@@ -179,7 +194,7 @@ func (f *Firewall) write(want []chain) error {
 		}
 	}
 	if err := c.Flush(); err != nil {
-		return fmt.Errorf("nftables: write table inet %s: %w", tableName, err)
+		return fmt.Errorf("nftables: write table inet %s: %w", f.host.cfg.Table, err)
 	}
 	return nil
 }
@@ -190,8 +205,8 @@ func (f *Firewall) intact(want []chain) bool {
 	if err != nil {
 		return false
 	}
-	t := &nftables.Table{Family: nftables.TableFamilyINet, Name: tableName}
-	if found, err := c.ListTableOfFamily(tableName, nftables.TableFamilyINet); err != nil || found.Flags&unix.NFT_TABLE_F_DORMANT != 0 {
+	t := &nftables.Table{Family: nftables.TableFamilyINet, Name: f.host.cfg.Table}
+	if found, err := c.ListTableOfFamily(f.host.cfg.Table, nftables.TableFamilyINet); err != nil || found.Flags&unix.NFT_TABLE_F_DORMANT != 0 {
 		return false
 	}
 	for _, ch := range want {
@@ -222,6 +237,10 @@ func (f *Firewall) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
+		case <-f.host.ports:
+			if f.cfg.NoMasqLocal {
+				f.applyLogged()
+			}
 		case now := <-tick.C:
 			gen, err := f.generation()
 			due := f.legacy.Load() && now.Sub(checked) >= legacyEvery
@@ -296,11 +315,11 @@ func (f *Firewall) Remove() error {
 	if err != nil {
 		return errors.Join(append(errs, err)...)
 	}
-	t := &nftables.Table{Family: nftables.TableFamilyINet, Name: tableName}
+	t := &nftables.Table{Family: nftables.TableFamilyINet, Name: f.host.cfg.Table}
 	c.AddTable(t)
 	c.DelTable(t)
 	if err := c.Flush(); err != nil {
-		errs = append(errs, fmt.Errorf("nftables: remove table inet %s: %w", tableName, err))
+		errs = append(errs, fmt.Errorf("nftables: remove table inet %s: %w", f.host.cfg.Table, err))
 	}
 	return errors.Join(errs...)
 }

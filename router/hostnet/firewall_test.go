@@ -338,6 +338,35 @@ func TestGuardedPorts(t *testing.T) {
 	}
 }
 
+func TestNoMasqLocal(t *testing.T) {
+	s := newSite(t)
+	s.fw = s.host.NewFirewall(FirewallConfig{NoMasqLocal: true})
+	if err := s.fw.Expose(prefixes("10.2.1.100/24")[0], true); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- s.fw.Run(ctx) }()
+	defer func() { cancel(); <-done }()
+	run(t, s.to, "ip route add 10.2.1.0/24 via 192.168.77.1")
+	eventually(t, "kept", func() bool {
+		return strings.Contains(run(t, s.hostNS, "nft list table inet mesh"), "10.2.1.1 return")
+	})
+	wantPing(t, "no way back for the outside's own address", s.to, "10.2.1.1", false)
+	run(t, s.inside, "ip route add default via 10.2.1.100")
+	wantPing(t, "with a route", s.to, "10.2.1.1", true)
+	// A further address is known at once, and a container of another host is masqueraded.
+	if err := s.host.AttachPort(s.inside, testPort(1, "10.2.1.7/24")); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the new address is kept", func() bool {
+		return strings.Contains(run(t, s.hostNS, "nft list table inet mesh"), "10.2.1.7 return")
+	})
+	far := newNamespace(t)
+	join(t, s, "far", "10.2.1.100/24", far, "10.2.1.9/24", "mesh")
+	wantPing(t, "elsewhere", s.to, "10.2.1.9", true)
+}
+
 func TestIPv6Masquerade(t *testing.T) {
 	s := newSite(t)
 	if err := s.host.AttachPort(s.inside, testPort(1, "fd00:1::1/64")); err != nil {

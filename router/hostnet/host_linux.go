@@ -25,6 +25,7 @@ type Config struct {
 	Inside       string // interface in a container, default "ethmesh"
 	PortPrefix   string // start of its host end's name, default "vmesh", at most 7 bytes
 	DockerBridge string // Docker's default bridge, default "docker0"
+	Table        string // nftables table of the family inet, default "mesh"
 	Log          *slog.Logger
 }
 
@@ -43,6 +44,7 @@ var (
 type Host struct {
 	cfg    Config
 	log    *slog.Logger
+	ports  chan struct{}    // capacity 1; a token when addresses of ports changed
 	ns     *os.File         // the host's network namespace
 	nl     *netlink.Handle  // requests in it
 	strict *nl.SocketHandle // a socket in it with strict checking, which dumps by namespace id need (Linux 4.20)
@@ -64,13 +66,16 @@ func Open(cfg Config) (*Host, error) {
 			return nil, err
 		}
 	}
+	if cfg.Table == "" {
+		cfg.Table = "mesh"
+	}
 	if len(cfg.PortPrefix) > maxPortPrefix {
 		return nil, fmt.Errorf("prefix %q of port names: longer than %d bytes", cfg.PortPrefix, maxPortPrefix)
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	h := &Host{cfg: cfg, log: cfg.Log}
+	h := &Host{cfg: cfg, log: cfg.Log, ports: make(chan struct{}, 1)}
 	var err error
 	if h.ns, err = os.Open("/proc/thread-self/ns/net"); err != nil {
 		return nil, fmt.Errorf("open the host's network namespace: %w", err)

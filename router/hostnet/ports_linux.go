@@ -181,10 +181,8 @@ func (h *Host) plug(host *netlink.Veth, br *netlink.Bridge, p mesh.Port) error {
 	if err := h.enslave(host, br); err != nil {
 		return err
 	}
-	// A service may be reached through an address outside that leads back to its own client.
-	if err := h.nl.LinkSetHairpin(host, true); err != nil {
-		return fmt.Errorf("set hairpin of %s: %w", host.Name, err)
-	}
+	// No hairpin, which Weave had on: it would give a container its own broadcasts back, and a bridge inside a
+	// container would learn its machines on the wrong side. What we translate is routed, and needs none.
 	return nil
 }
 
@@ -223,7 +221,16 @@ func (h *Host) raise(inside *netlink.Handle, end netlink.Link, host *netlink.Vet
 	if err := h.awaitCarrier(host.Name, host.Index); err != nil {
 		return err
 	}
+	h.portsChanged()
 	return announce(end.Attrs().Index, p.MAC, p.Addrs)
+}
+
+// portsChanged tells the firewall that ports have other addresses.
+func (h *Host) portsChanged() {
+	select {
+	case h.ports <- struct{}{}:
+	default: // told already
+	}
 }
 
 // awaitCarrier waits until a port of the bridge carries frames, which the kernel sees to soon after both
@@ -264,6 +271,7 @@ func (h *Host) RemoveAddrs(ns *os.File, owner string, addrs []netip.Prefix) erro
 			return fmt.Errorf("%s in %s: %w", end.Attrs().Name, ns.Name(), err)
 		}
 	}
+	h.portsChanged()
 	return nil
 }
 

@@ -3,6 +3,7 @@ package hostnet
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"reflect"
 	"strings"
@@ -36,7 +37,7 @@ func TestAttachPort(t *testing.T) {
 			t.Errorf("inside lacks %q:\n%s", want, before)
 		}
 	}
-	for _, want := range []string{"hairpin on", "master mesh", "alias meshd:" + p.Owner} {
+	for _, want := range []string{"hairpin off", "master mesh", "alias meshd:" + p.Owner} {
 		if !strings.Contains(beforeHost, want) {
 			t.Errorf("host lacks %q:\n%s", want, beforeHost)
 		}
@@ -131,6 +132,59 @@ func TestPortsTalk(t *testing.T) {
 	}
 	if _, addrs, err := h.Bridge(); err != nil || len(addrs) != 0 {
 		t.Errorf("bridge still has %v, %v", addrs, err)
+	}
+}
+
+// A broadcast arrives once at everybody else and not at its sender; frames of any Ethertype do.
+func TestBroadcastOnce(t *testing.T) {
+	h, _ := newHost(t)
+	a, b := newNamespace(t), newNamespace(t)
+	const kind = 0x88b5 // IEEE 802 local experimental
+	sockets := map[*os.File]int{}
+	index := map[*os.File]int{}
+	for i, ns := range []*os.File{a, b} {
+		if err := h.AttachPort(ns, testPort(i+1, fmt.Sprintf("10.2.1.%d/24", i+1))); err != nil {
+			t.Fatal(err)
+		}
+		err := inNamespace(ns, func() (err error) {
+			dev, err := net.InterfaceByName("ethmesh")
+			if err != nil {
+				return err
+			}
+			index[ns] = dev.Index
+			sockets[ns], err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_NONBLOCK, int(kind>>8|kind&0xff<<8))
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(sockets[ns])
+	}
+	mac := testPort(1).MAC
+	for _, n := range []byte{1, 2} {
+		frame := append([]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, append(mac[:], kind>>8, kind&0xff, n)...)
+		if err := unix.Sendto(sockets[a], frame, 0, &unix.SockaddrLinklayer{Ifindex: index[a]}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Those for the sender itself would have arrived before the second did at b.
+	got := map[*os.File][]byte{}
+	read := func(ns *os.File) {
+		buf := make([]byte, 100)
+		for {
+			n, from, err := unix.Recvfrom(sockets[ns], buf, 0)
+			if err != nil {
+				return
+			}
+			if from.(*unix.SockaddrLinklayer).Pkttype != unix.PACKET_OUTGOING {
+				got[ns] = append(got[ns], buf[14:min(n, 15)]...)
+			}
+		}
+	}
+	eventually(t, "both frames arrived", func() bool { read(b); return len(got[b]) >= 2 })
+	read(a)
+	if string(got[b]) != "\x01\x02" || len(got[a]) > 0 {
+		t.Errorf("the other got %v and the sender %v, want [1 2] and none", got[b], got[a])
 	}
 }
 

@@ -2,7 +2,6 @@ package hostnet
 
 import (
 	"errors"
-	"fmt"
 
 	"github.com/vishvananda/netlink"
 )
@@ -32,12 +31,6 @@ func (h *Host) Restore(want BridgeSpec) error {
 		}
 		if err := h.enslave(l, br); err != nil {
 			errs = append(errs, err)
-			continue
-		}
-		if port {
-			if err := h.nl.LinkSetHairpin(l, true); err != nil {
-				errs = append(errs, fmt.Errorf("set hairpin of %s: %w", veth.Name, err))
-			}
 		}
 	}
 	return errors.Join(errs...)

@@ -15,9 +15,6 @@ import (
 	"meshd/mesh"
 )
 
-// tableName of our one table, of the family inet.
-const tableName = "mesh"
-
 // wish is all that the table depends on.
 type wish struct {
 	bridge  string
@@ -29,6 +26,7 @@ type wish struct {
 	within  netip.Prefix   // the address range of the mesh, if known
 	exposed []netip.Prefix // subnets, sorted
 	masq    []netip.Prefix // those of them that are masqueraded
+	keep    []netip.Addr   // of containers here, whose guests keep their source address; sorted
 }
 
 // chain is one chain of the table with its rules; hook is nil for one that others jump to.
@@ -83,6 +81,9 @@ func (w wish) ruleset() []chain {
 	post := chain{name: "postrouting", kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, prio: nftables.ChainPriorityNATSource}
 	if w.within.IsValid() {
 		post.add("inside the mesh", within(saddr, w.within, true), within(daddr, w.within, true), ret())
+	}
+	for _, a := range w.keep {
+		post.add("to "+a.String()+" as it is", out(w.bridge), within(daddr, netip.PrefixFrom(a, a.BitLen()), true), ret())
 	}
 	for _, s := range w.masq {
 		if s.Addr().Is4() {
