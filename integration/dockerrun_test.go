@@ -106,7 +106,7 @@ func TestDockerRun(t *testing.T) {
 	})
 	t.Run("ProcessStartsAttached", func(t *testing.T) {
 		w := w.in(t)
-		for _, options := range [][]string{nil, {"--read-only"}, {"--user", "1000:1000"}, {"--entrypoint", "/bin/ip"}} {
+		for _, options := range [][]string{nil, {"--read-only"}, {"--user", "1000:1000"}, {"--network", "none"}, {"--entrypoint", "/bin/ip"}} {
 			args := append(append([]string{"run", "--rm"}, options...), lab.Image)
 			if len(options) < 2 || options[0] != "--entrypoint" {
 				args = append(args, "ip")
@@ -119,7 +119,7 @@ func TestDockerRun(t *testing.T) {
 	})
 	t.Run("NotOurs", func(t *testing.T) {
 		w := w.in(t)
-		for _, options := range [][]string{{"-e", "MESH_CIDR=none"}, {"--network", "none"}, {"--network", "host"}} {
+		for _, options := range [][]string{{"-e", "MESH_CIDR=none"}, {"--network", "host"}} {
 			args := append(append([]string{"run", "--rm"}, options...), lab.Image, "ip", "link", "show", "dev", "ethmesh")
 			r, err := w.viaProxy(h1, args...)
 			if err != nil || r.Exit == 0 {
@@ -189,8 +189,11 @@ func TestDockerRun(t *testing.T) {
 		_, err := h2.Out(w.ctx, "docker", "restart", "-t", "1", "db")
 		w.try(err)
 		check("docker restart", 10*time.Second, "db")
-		_, err = h2.Out(w.ctx, "docker", "exec", "keeps", "kill", "-9", "-1")
+		pid, err := h2.Out(w.ctx, "docker", "inspect", "-f", "{{.State.Pid}}", "keeps")
 		w.try(err)
+		_, err = h2.Out(w.ctx, "/bin/sh", "-c", "kill -9 "+pid)
+		w.try(err)
+		check("kill -9 of a container's process", 10*time.Second, "keeps")
 		w.try(h2.Kill(w.ctx, h2.Meshd(), syscall.SIGKILL))
 		w.try(lab.Until(w.ctx, 5*time.Second, "meshd to end", func() bool { return h2.Meshd() == 0 }))
 		w.launch(h2, h1.Addr.String())

@@ -228,8 +228,8 @@ func TestRefusedLaunch(t *testing.T) {
 			with, err := h.Snapshot(w.ctx)
 			w.try(err)
 			w.refused(h, 1, words, "launch")
-			if pid := h.Meshd(); pid != 0 {
-				t.Errorf("meshd runs as %d", pid)
+			if err := lab.Until(w.ctx, time.Second, "meshd to be gone", func() bool { return h.Meshd() == 0 }); err != nil {
+				t.Error(err)
 				_, _ = h.Ctl(w.ctx, "reset", "--force")
 			}
 			ignoreState := func(s lab.Snapshot) (out lab.Snapshot) {
@@ -497,7 +497,5 @@ func TestForeground(t *testing.T) {
 	if err != nil {
 		t.Errorf("%v\n%s", err, log.String())
 	}
-	if pid := h.Meshd(); pid != 0 {
-		t.Errorf("meshd still runs as %d", pid)
-	}
+	w.try(lab.Until(w.ctx, time.Second, "meshd to be gone", func() bool { return h.Meshd() == 0 }))
 }

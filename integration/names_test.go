@@ -154,6 +154,9 @@ func TestNamesAcrossDockerHosts(t *testing.T) {
 			t.Logf("and back after %v", took)
 			again, err := db.Host.Adopt(w.ctx, db.Name, db.ID)
 			w.try(err)
+			took, err = members[0].WaitPing(w.ctx, db.addr, 5*time.Second)
+			w.try(err)
+			w.within("ping of a container that came back", took, time.Second)
 			w.pings(members[0], &member{again, db.addr}, 3, 56)
 		}
 	})

@@ -123,6 +123,9 @@ func TestRelay(t *testing.T) {
 			w.waitRoute(h1, h2, h3, 15*time.Second)
 			w.waitRoute(h2, h1, h3, 15*time.Second)
 			w.within("relay found", time.Since(start), 5*time.Second)
+			// The kernel path decides for itself, and may be a moment behind.
+			_, err := c1.WaitPing(w.ctx, c2.addr, 5*time.Second)
+			w.try(err)
 			w.pings(c1, c2, 10, 56)
 			w.pings(c2, c1, 10, 10000)
 			r1, r2 := w.end(there), w.end(back)
@@ -145,10 +148,61 @@ func TestRelay(t *testing.T) {
 			if r1.Lost+r2.Lost > 0 {
 				t.Errorf("the change to the better path lost %d and %d datagrams", r1.Lost, r2.Lost)
 			}
-			_, err := lab.WaitMesh(w.ctx, 15*time.Second, w.Hosts...)
+			_, err = lab.WaitMesh(w.ctx, 15*time.Second, w.Hosts...)
 			w.try(err)
 		})
 	}
+}
+
+// overlay says by which overlay a host reaches another one.
+func (w *world) overlay(from, to *lab.Host) string { return from.Established(w.ctx)[to.Name].Overlay }
+
+// waitOverlay waits until two hosts reach each other by an overlay.
+func (w *world) waitOverlay(a, b *lab.Host, want string, limit time.Duration) time.Duration {
+	w.t.Helper()
+	start := time.Now()
+	err := lab.Until(w.ctx, limit, "the path to be "+want, func() bool { return w.overlay(a, b) == want && w.overlay(b, a) == want })
+	if err != nil {
+		out, _ := a.Must(w.ctx, "status", "connections")
+		w.t.Errorf("%v: %s", err, out)
+	}
+	return time.Since(start)
+}
+
+// TestPathChange moves traffic from the userspace path to the kernel path and back.
+func TestPathChange(t *testing.T) {
+	w := newWorld(t, 2, 90*time.Second)
+	h1, h2 := w.Host(1), w.Host(2)
+	w.try(w.BlockPort(w.ctx, h1, h2, "udp", 6784))
+	w.mesh()
+	c1 := w.netns(h1, "c1", "10.2.1.1/24")
+	c2 := w.netns(h2, "c2", "10.2.1.2/24")
+	_, err := c1.WaitPing(w.ctx, c2.addr, 5*time.Second)
+	w.try(err)
+	w.waitOverlay(h1, h2, "userspace", 5*time.Second)
+	if reason := h1.Established(w.ctx)["h2"].Reason; reason == "" {
+		t.Error("the status does not say why the kernel path is not used")
+	} else {
+		t.Log("with its port blocked: ", reason)
+	}
+	there, back := w.watch(c1, c2, time.Millisecond), w.watch(c2, c1, time.Millisecond)
+	w.try(w.HealAll(w.ctx))
+	w.within("kernel path taken", w.waitOverlay(h1, h2, "kernel", 40*time.Second), 30*time.Second)
+	w.rest(time.Second)
+	r1, r2 := w.end(there), w.end(back)
+	t.Log("there: ", r1)
+	t.Log("back: ", r2)
+	if r1.Lost+r2.Lost+r1.Duplicated+r2.Duplicated > 0 {
+		t.Error("the change to the kernel path lost or doubled datagrams")
+	}
+	there, back = w.watch(c1, c2, time.Millisecond), w.watch(c2, c1, time.Millisecond)
+	w.try(w.BlockPort(w.ctx, h1, h2, "udp", 6784))
+	w.waitOverlay(h1, h2, "userspace", 10*time.Second)
+	w.rest(500 * time.Millisecond)
+	r1, r2 = w.end(there), w.end(back)
+	t.Log("there: ", r1)
+	t.Log("back: ", r2)
+	w.within("longest silence when the kernel path breaks", max(r1.MaxGap, r2.MaxGap), 3*time.Second)
 }
 
 // TestPathMTUShrinks makes the path narrower in the middle of a stream, with ICMP blocked.

@@ -249,7 +249,8 @@ type Process struct {
 	Args []string
 }
 
-// Processes lists what runs in the host, containers included, in order of PID.
+// Processes lists what runs in the host, containers included, in order of PID. A process that has ended
+// is among them, without arguments, until it is collected: before that it may still hold files and locks.
 func (h *Host) Processes() (list []Process) {
 	_ = h.Do(func() error {
 		dirs, err := filepath.Glob("/proc/[0-9]*")
@@ -257,7 +258,7 @@ func (h *Host) Processes() (list []Process) {
 			pid, _ := strconv.Atoi(filepath.Base(dir))
 			comm, err := os.ReadFile(dir + "/comm")
 			args, err2 := os.ReadFile(dir + "/cmdline")
-			if err != nil || err2 != nil || len(args) == 0 { // without arguments it has ended and waits to be collected
+			if err != nil || err2 != nil {
 				continue
 			}
 			list = append(list, Process{PID: pid, Comm: strings.TrimSpace(string(comm)),

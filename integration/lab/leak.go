@@ -43,6 +43,7 @@ var volatile = []*regexp.Regexp{
 	regexp.MustCompile(`\(id: \d+\)`),
 	regexp.MustCompile(`counter packets \d+ bytes \d+ ?`),
 	regexp.MustCompile(`\b(NO-CARRIER|LOWER_UP|M-DOWN),?`), // follow the peer
+	regexp.MustCompile(` linkdown\b`),
 	regexp.MustCompile(` state (UP|DOWN|UNKNOWN|LOWERLAYERDOWN)`),
 	regexp.MustCompile(` \* \d+ `), // inode of a unix socket
 }
@@ -97,7 +98,7 @@ func (h *Host) Snapshot(ctx context.Context) (Snapshot, error) {
 			return err
 		}
 		for line := range strings.Lines(string(mounts)) {
-			if f := strings.Fields(line); len(f) > 5 && !dockers(f[4]) {
+			if f := strings.Fields(line); len(f) > 5 && !dockers(f[4]) && !strings.HasPrefix(f[4], "/tmp/") {
 				add("mount", f[3]+" on "+f[4])
 			}
 		}
