@@ -10,8 +10,12 @@ import (
 	"meshd/router"
 )
 
-// tickEvery is how often controlLoop looks at its timers. Every timeout is a multiple of it or longer.
-const tickEvery = 50 * time.Millisecond
+// tickEvery is how often controlLoop looks at handshakes and at the ways in use; every timeout there is a
+// multiple of it or longer. Keys and idle peers are looked at every upkeepEvery.
+const (
+	tickEvery   = 50 * time.Millisecond
+	upkeepEvery = 250 * time.Millisecond
+)
 
 // control is what controlLoop owns.
 type control struct {
@@ -20,6 +24,8 @@ type control struct {
 	halfByID map[[sha]byte]*half
 	halfFIFO []*half
 	links    map[*peer]struct{}
+	relays   map[*peer]struct{} // peers whose way by relay is being measured
+	upkeep   time.Time          // last look at keys and idle peers
 	events   []router.LinkEvent // to be delivered when the current event is done
 	ceilings time.Time          // last look at the interfaces' MTUs
 }
@@ -29,6 +35,7 @@ func (c *control) init() {
 	c.half = make(map[uint32]*half)
 	c.halfByID = make(map[[sha]byte]*half)
 	c.links = make(map[*peer]struct{})
+	c.relays = make(map[*peer]struct{})
 }
 
 // event is what receivers and pumps tell controlLoop.
@@ -150,12 +157,20 @@ func (t *Tunnel) tick(now time.Time) {
 	for p := range t.control.links {
 		t.tickLink(p, now)
 	}
-	for _, p := range *t.peers.Load() {
-		t.tickPeer(p, now)
+	for p := range t.control.relays {
+		if !t.tickRelay(p, now) {
+			delete(t.control.relays, p)
+		}
+	}
+	if now.Sub(t.control.upkeep) >= upkeepEvery {
+		t.control.upkeep = now
+		for _, p := range *t.peers.Load() {
+			t.tickPeer(p, now)
+		}
 	}
 }
 
-// tickPeer renews and buries keys, and keeps an eye on a path by relay.
+// tickPeer renews and buries keys, and finds out which ways by relay are in use.
 func (t *Tunnel) tickPeer(p *peer, now time.Time) {
 	for i := 0; i < len(p.ring); {
 		if k := p.ring[i]; k.dead(now) {
@@ -164,7 +179,9 @@ func (t *Tunnel) tickPeer(p *peer, now time.Time) {
 			i++
 		}
 	}
-	t.tickRelay(p, now)
+	if t.relayInUse(p, now) {
+		t.control.relays[p] = struct{}{}
+	}
 	k := p.send.Load()
 	if k != nil && p.attempt == nil && k.due(now) && !now.Before(p.retry) && t.inUse(p, now) {
 		t.renew(p, now)

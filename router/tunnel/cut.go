@@ -128,12 +128,6 @@ func (c *cutter) plan(room int) plan {
 	return planTooBig
 }
 
-// pieces is how many frames next will make after planCut.
-func (c *cutter) pieces() int {
-	payload := c.p.end - c.p.payload
-	return max(1, (payload+c.size-1)/c.size)
-}
-
 // pieceLen is the length of the next frame, 0 when all are made.
 func (c *cutter) pieceLen() int {
 	payload := c.p.end - c.p.payload

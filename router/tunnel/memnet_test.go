@@ -30,10 +30,9 @@ type memNet struct {
 	size      int // largest datagram that passes; 0: any
 	cut       map[[2]netip.AddrPort]bool
 	sniff     func(from, to netip.AddrPort, b []byte) // sees all that is sent
-	mangle    func(b []byte) []byte
-	ifMTU     int   // what PathMTU says
-	refuse    int   // datagrams larger than this are refused by the sender's interface; 0: none
-	fail      error // what Write returns
+	ifMTU     int                                     // what PathMTU says
+	refuse    int                                     // datagrams larger than this are refused by the sender's interface; 0: none
+	fail      error                                   // what Write returns
 	carried   int
 	last      time.Time // without jitter datagrams keep their order: each arrives a little later than the one before
 }
@@ -141,7 +140,7 @@ func (c *memConn) Write(b []byte, size int, to netip.AddrPort, _ bool) error {
 	}
 	delay := n.delay
 	if at := time.Now().Add(delay); !at.After(n.last) {
-		delay = n.last.Sub(time.Now()) + 1
+		delay = time.Until(n.last) + 1
 	}
 	n.last = time.Now().Add(delay)
 	time.AfterFunc(delay, func() {

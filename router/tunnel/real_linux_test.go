@@ -20,6 +20,7 @@ import (
 	"time"
 	"unsafe"
 
+	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"meshd/mesh"
@@ -446,6 +447,7 @@ func TestCable(t *testing.T) {
 					}
 				}
 			}
+			goleak.VerifyNone(t)
 		})
 	}
 }

@@ -22,7 +22,6 @@ type receiver struct {
 	nonce [nonceLen]byte
 	now   time.Time
 	ns    int64
-	room  [256]byte
 }
 
 const (

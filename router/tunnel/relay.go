@@ -14,24 +14,30 @@ type relayPath struct {
 
 const relayIdle = 10 * time.Second // without traffic: no probes
 
-// tickRelay probes the way by relay to a peer while it is used. Unlike a link it starts with the
-// size that the first hop carries: the way is in use already.
-func (t *Tunnel) tickRelay(p *peer, now time.Time) {
+// relayInUse reports whether p is reached by a relay at present, and was written to or heard of lately.
+func (t *Tunnel) relayInUse(p *peer, now time.Time) bool {
+	if p.send.Load() == nil || time.Duration(t.since(now)-p.used.Load()) >= relayIdle {
+		return false
+	}
+	r, ok := t.routeTo(p.name)
+	return ok && r.relayed
+}
+
+// tickRelay probes the way by relay to a peer while it is used; false when it is not any more. Unlike a
+// link it starts with the size that the first hop carries: the way is in use already.
+func (t *Tunnel) tickRelay(p *peer, now time.Time) bool {
 	k := p.send.Load()
-	if k == nil || time.Duration(t.since(now)-p.used.Load()) >= relayIdle {
-		return
+	if k == nil || !t.relayInUse(p, now) {
+		return false
 	}
-	via, ok := t.cfg.Router.NextHop(p.name)
-	if !ok || via == p.name {
-		return
-	}
+	via, _ := t.cfg.Router.NextHop(p.name)
 	q := (*t.peers.Load())[via]
 	if q == nil {
-		return
+		return false
 	}
 	first := q.direct.Load()
 	if first == nil {
-		return
+		return false
 	}
 	ceiling := first.mtu - relayHeaderLen
 	if p.relay == nil || p.relay.via != via {
@@ -53,6 +59,7 @@ func (t *Tunnel) tickRelay(p *peer, now time.Time) {
 		t.sendProbe(p, &r.track, k, to, size, now)
 	}
 	t.publishRelay(p)
+	return true
 }
 
 func (t *Tunnel) publishRelay(p *peer) {

@@ -126,7 +126,6 @@ type specPeer struct {
 	s           *specNoise
 	index       uint32
 	other       uint32
-	nickname    string
 	remoteKey   []byte
 	up, down    []byte // data keys: initiator's, responder's
 	aes         bool
