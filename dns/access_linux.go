@@ -40,7 +40,7 @@ type hostInterface struct {
 }
 
 // Looking at the interfaces costs about a millisecond, and what makes us look may be hostile.
-const lookEvery = time.Second
+const lookEvery = 250 * time.Millisecond
 
 // NewInterfaces serves the named bridges beside Docker's: docker0, docker_gwbridge and br-<twelve digits>.
 // isolated, which may be nil, tells of a bridge whose containers have no business outside: they get names

@@ -199,8 +199,8 @@ func TestWhoMayAsk(t *testing.T) {
 			t.Errorf("%s by TCP: got %d, want %d", c.what, got, c.tcp)
 		}
 	}
-	// A network that Docker makes while we run is served at once, give or take the second that separates
-	// two looks at the interfaces.
+	// A network that Docker makes while we run is served at once, give or take the time between two looks
+	// at the interfaces.
 	run(t, "ip", "link", "add", "br-abcdefabcdef", "type", "bridge")
 	run(t, "ip", "addr", "add", "172.21.0.1/16", "dev", "br-abcdefabcdef")
 	run(t, "ip", "link", "set", "br-abcdefabcdef", "up")
@@ -227,9 +227,8 @@ func TestWaitsForBridge(t *testing.T) {
 		run(t, "ip", "addr", "add", addr+"/16", "dev", "docker0")
 		want := netip.AddrPortFrom(netip.MustParseAddr(addr), 53)
 		eventually(t, func() bool { return s.Status().Address == want && s.Status().Problem == "" })
-		if r := ask(t, s, "udp", "web.mesh.internal.", miekg.TypeA); len(r.Answer) != 1 {
-			t.Errorf("got %v", r)
-		}
+		// The new subnet counts as soon as the interfaces are looked at again.
+		eventually(t, func() bool { return len(ask(t, s, "udp", "web.mesh.internal.", miekg.TypeA).Answer) == 1 })
 		if r := ask(t, s, "tcp", "web.mesh.internal.", miekg.TypeA); len(r.Answer) != 1 {
 			t.Errorf("got %v", r)
 		}

@@ -31,7 +31,8 @@ type Config struct {
 	Timeout    time.Duration // for a question to the upstream servers; 0: 5 s
 
 	// Access says what a client may have, by its address and the index of the interface its query came in
-	// on (0 for TCP, where the address is proven). It must not block. nil: everyone may have everything.
+	// on (0 for TCP, where the address is proven). It must not block. nil: the containers on Docker's bridges
+	// and on Bridge, and this host.
 	Access func(src netip.Addr, ifindex int) Access
 
 	// Ranges are the addresses of the mesh. Answers from outside that point there are filtered, as are the
@@ -84,6 +85,9 @@ func New(cfg Config, table Table) (*Server, error) {
 	if cfg.Timeout == 0 {
 		cfg.Timeout = 5 * time.Second
 	}
+	if cfg.Access == nil {
+		cfg.Access = NewInterfaces([]string{cfg.Bridge}, nil).Access
+	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
@@ -107,10 +111,7 @@ func (s *Server) isMeshAddr(a netip.Addr) bool {
 }
 
 func (s *Server) access(src netip.Addr, ifindex int) Access {
-	if s.cfg.Access == nil {
-		return Full
-	}
-	return s.cfg.Access(src.Unmap(), ifindex)
+	return s.cfg.Access(src.Unmap().WithZone(""), ifindex)
 }
 
 func (s *Server) newCounters() *counters {

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 	"syscall"
 	"unsafe"
 
@@ -190,7 +191,11 @@ func sourceOf(name *unix.RawSockaddrInet6) netip.AddrPort {
 		four := (*unix.RawSockaddrInet4)(unsafe.Pointer(name))
 		return netip.AddrPortFrom(netip.AddrFrom4(four.Addr), swapped(four.Port))
 	case unix.AF_INET6:
-		return netip.AddrPortFrom(netip.AddrFrom16(name.Addr), swapped(name.Port))
+		a := netip.AddrFrom16(name.Addr)
+		if name.Scope_id != 0 && a.IsLinkLocalUnicast() {
+			a = a.WithZone(strconv.Itoa(int(name.Scope_id)))
+		}
+		return netip.AddrPortFrom(a, swapped(name.Port))
 	}
 	return netip.AddrPort{}
 }

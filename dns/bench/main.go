@@ -2,10 +2,12 @@
 // It needs dnsmasq and dnsperf, and a machine that does nothing else:
 //
 //	go run ./dns/bench
+//	go run ./dns/bench -flood 100000
 //
 // For each round and server it prints answers per second of wall time and per second of the server's CPU
 // time under full load, and the latency of 5,000 queries a second from a client of its own. The last lines
-// are medians and their ratios.
+// are medians and their ratios. With -flood the 5,000 come beside that many malformed queries a second, to
+// meshd alone.
 package main
 
 import (
@@ -16,6 +18,7 @@ import (
 	"flag"
 	"fmt"
 	"log"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -26,6 +29,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"meshd/dns"
@@ -40,14 +44,18 @@ func main() {
 	names := flag.Int("names", 10_000, "names in the domain")
 	rounds := flag.Int("rounds", 5, "rounds")
 	seconds := flag.Int("seconds", 5, "seconds of load each")
+	flood := flag.Int("flood", 0, "malformed queries a second")
 	serve := flag.String("serve", "", "serve on this address and do nothing else")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
 	var err error
-	if *serve != "" {
+	switch {
+	case *serve != "":
 		err = runServer(ctx, *serve, *names)
-	} else {
+	case *flood > 0:
+		err = underFlood(ctx, *names, *flood, *seconds)
+	default:
 		err = compare(ctx, *names, *rounds, *seconds)
 	}
 	if err != nil {
@@ -90,6 +98,111 @@ type contestant struct {
 	args func(addr string) []string
 
 	perWall, perCPU, p50, p99 []float64
+	rss                       int // KiB
+}
+
+func meshdContestant(names int) (*contestant, error) {
+	self, err := os.Executable()
+	return &contestant{name: "meshd", addr: "127.0.0.1:15353", args: func(addr string) []string {
+		return []string{self, "-names", strconv.Itoa(names), "-serve", addr}
+	}}, err
+}
+
+// start runs the server until stop is called.
+func (c *contestant) start(ctx context.Context) (pid int, stop func(), err error) {
+	args := c.args(c.addr)
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		return 0, nil, err
+	}
+	stop = func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	}
+	if err := waitFor(c.addr); err != nil {
+		stop()
+		return 0, nil, err
+	}
+	c.rss = residentKiB(cmd.Process.Pid)
+	return cmd.Process.Pid, stop, nil
+}
+
+func residentKiB(pid int) int {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
+	f := strings.Fields(string(b))
+	if err != nil || len(f) < 2 {
+		return 0
+	}
+	pages, _ := strconv.Atoi(f[1])
+	return pages * os.Getpagesize() / 1024
+}
+
+// underFlood prints the latency of good queries beside rate malformed ones a second.
+func underFlood(ctx context.Context, names, rate, seconds int) error {
+	c, err := meshdContestant(names)
+	if err != nil {
+		return err
+	}
+	pid, stop, err := c.start(ctx)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	conn, err := net.Dial("udp", c.addr)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	before, err := cpuSeconds(pid)
+	if err != nil {
+		return err
+	}
+	flooding, end := context.WithCancel(ctx)
+	defer end()
+	sent := make(chan int)
+	start := time.Now()
+	go func() { // ends with flooding
+		r := rand.New(rand.NewPCG(1, 1))
+		n := 0
+		for flooding.Err() == nil {
+			for due := int(time.Since(start).Seconds() * float64(rate)); n < due; n++ {
+				_, _ = conn.Write(malformed(r))
+			}
+			time.Sleep(100 * time.Microsecond)
+		}
+		sent <- n
+	}()
+	p50, p99, lost, err := latency(ctx, c.addr, names, 5000, time.Duration(seconds)*time.Second)
+	end()
+	n := <-sent
+	wall := time.Since(start).Seconds()
+	if err != nil {
+		return err
+	}
+	after, err := cpuSeconds(pid)
+	fmt.Printf("%.0f malformed queries/s for %.0f s, CPU %.0f %%; 5,000 good ones/s: p50 %.0f µs p99 %.0f µs, %.3f %% answered\n",
+		float64(n)/wall, wall, 100*(after-before)/wall, p50, p99, 100-100*float64(lost)/float64(5000*seconds))
+	return err
+}
+
+// malformed returns noise, a damaged query, or a name made of pointers.
+func malformed(r *rand.Rand) []byte {
+	b := question(uint16(r.Uint32()), r.IntN(1000))
+	switch r.IntN(4) {
+	case 0:
+		b = make([]byte, r.IntN(600))
+		for i := range b {
+			b[i] = byte(r.Uint32())
+		}
+	case 1:
+		b = b[:r.IntN(len(b))]
+	case 2:
+		b[12+r.IntN(len(b)-12)] = 0xc0
+	default:
+		b[4+r.IntN(8)] = byte(r.Uint32())
+	}
+	return b
 }
 
 func compare(ctx context.Context, names, rounds, seconds int) error {
@@ -110,14 +223,12 @@ func compare(ctx context.Context, names, rounds, seconds int) error {
 	if err := os.WriteFile(queryFile, queries.Bytes(), 0o644); err != nil {
 		return err
 	}
-	self, err := os.Executable()
+	ours, err := meshdContestant(names)
 	if err != nil {
 		return err
 	}
 	servers := []*contestant{
-		{name: "meshd", addr: "127.0.0.1:15353", args: func(addr string) []string {
-			return []string{self, "-names", strconv.Itoa(names), "-serve", addr}
-		}},
+		ours,
 		{name: "dnsmasq", addr: "127.0.0.1:15354", args: func(addr string) []string {
 			_, port, _ := net.SplitHostPort(addr)
 			return []string{"dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--addn-hosts=" + hostsFile,
@@ -135,8 +246,8 @@ func compare(ctx context.Context, names, rounds, seconds int) error {
 		}
 	}
 	for _, s := range servers {
-		fmt.Printf("median  %-8s %9.0f answers/s %9.0f answers/CPU-s   at 5,000/s: p50 %6.0f µs p99 %6.0f µs\n",
-			s.name, median(s.perWall), median(s.perCPU), median(s.p50), median(s.p99))
+		fmt.Printf("median  %-8s %9.0f answers/s %9.0f answers/CPU-s   at 5,000/s: p50 %6.0f µs p99 %6.0f µs   %d KiB resident\n",
+			s.name, median(s.perWall), median(s.perCPU), median(s.p50), median(s.p99), s.rss)
 	}
 	a, b := servers[0], servers[1]
 	fmt.Printf("%s/%s: %.2f answers/s, %.2f answers/CPU-s, %.2f p99\n", a.name, b.name,
@@ -152,22 +263,13 @@ func median(v []float64) float64 {
 var completed = regexp.MustCompile(`Queries completed:\s+(\d+)`)
 
 func (c *contestant) measure(ctx context.Context, queryFile string, names, seconds int) error {
-	args := c.args(c.addr)
-	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
-	cmd.Stderr = os.Stderr
-	if err := cmd.Start(); err != nil {
+	pid, stop, err := c.start(ctx)
+	if err != nil {
 		return err
 	}
-	defer func() {
-		_ = cmd.Process.Signal(os.Interrupt) // dnsmasq ignores it
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	}()
-	if err := waitFor(c.addr); err != nil {
-		return err
-	}
+	defer stop()
 	_, port, _ := net.SplitHostPort(c.addr)
-	before, err := cpuSeconds(cmd.Process.Pid)
+	before, err := cpuSeconds(pid)
 	if err != nil {
 		return err
 	}
@@ -178,7 +280,7 @@ func (c *contestant) measure(ctx context.Context, queryFile string, names, secon
 		return fmt.Errorf("dnsperf: %w: %s", err, out)
 	}
 	wall := time.Since(start).Seconds()
-	after, err := cpuSeconds(cmd.Process.Pid)
+	after, err := cpuSeconds(pid)
 	if err != nil {
 		return err
 	}
@@ -192,7 +294,7 @@ func (c *contestant) measure(ctx context.Context, queryFile string, names, secon
 	}
 	c.perWall = append(c.perWall, n/wall)
 	c.perCPU = append(c.perCPU, n/(after-before))
-	p50, p99, err := latency(ctx, c.addr, names, 5000, 2*time.Second)
+	p50, p99, _, err := latency(ctx, c.addr, names, 5000, 2*time.Second)
 	c.p50, c.p99 = append(c.p50, p50), append(c.p99, p99)
 	return err
 }
@@ -239,14 +341,15 @@ func waitFor(addr string) error {
 
 // latency asks rate questions a second at even distances and returns the median and the 99th percentile
 // of the answers' times in microseconds; lost ones count as a second.
-func latency(ctx context.Context, addr string, names, rate int, length time.Duration) (p50, p99 float64, err error) {
+func latency(ctx context.Context, addr string, names, rate int, length time.Duration) (p50, p99 float64, lost int, err error) {
 	conn, err := net.Dial("udp", addr)
 	if err != nil {
-		return 0, 0, err
+		return 0, 0, 0, err
 	}
 	defer conn.Close()
 	total := int(length.Seconds() * float64(rate))
-	sent := make([]time.Time, 1<<16)
+	var sent [1 << 16]atomic.Int64 // nanoseconds after start, by id
+	start := time.Now()
 	took := make([]float64, 0, total)
 	done := make(chan struct{})
 	go func() { // ends when conn is closed or silent
@@ -259,30 +362,29 @@ func latency(ctx context.Context, addr string, names, rate int, length time.Dura
 				return
 			}
 			if n >= 12 {
-				took = append(took, float64(time.Since(sent[binary.BigEndian.Uint16(b)]).Microseconds()))
+				took = append(took, float64(int64(time.Since(start))-sent[binary.BigEndian.Uint16(b)].Load())/1e3)
 			}
 		}
 	}()
-	start := time.Now()
 	for i := range total {
 		at := start.Add(time.Duration(i) * time.Second / time.Duration(rate))
 		if d := time.Until(at); d > 0 {
 			time.Sleep(d)
 		}
 		if ctx.Err() != nil {
-			return 0, 0, ctx.Err()
+			return 0, 0, 0, ctx.Err()
 		}
 		id := uint16(i)
 		q := question(id, i%names)
-		sent[id] = time.Now()
+		sent[id].Store(int64(time.Since(start)))
 		if _, err := conn.Write(q); err != nil {
-			return 0, 0, err
+			return 0, 0, 0, err
 		}
 	}
 	<-done
-	for len(took) < total {
+	for ; len(took) < total; lost++ {
 		took = append(took, 1e6)
 	}
 	slices.Sort(took)
-	return took[total/2], took[total*99/100], nil
+	return took[total/2], took[total*99/100], lost, nil
 }

@@ -229,6 +229,21 @@ func (t *Table) Endpoints() []mesh.Endpoint {
 	return t.endpointsLocked()
 }
 
+// Attached returns the endpoints of one owner, wherever they are.
+func (t *Table) Attached(owner string) []mesh.Endpoint {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var all []mesh.Endpoint
+	if o := t.owners[owner]; o != nil {
+		for _, r := range o.endpoints {
+			if e := r.rec.(*endpoint); e.part == 0 {
+				all = append(all, t.wholeLocked(e))
+			}
+		}
+	}
+	return all
+}
+
 func (t *Table) endpointsLocked() []mesh.Endpoint {
 	var all []mesh.Endpoint
 	for _, p := range t.peers {

@@ -11,12 +11,15 @@ import (
 	"meshd/mesh"
 )
 
+// ErrNotAttached says that a name was to be made for a container that no peer has.
+var ErrNotAttached = errors.New("not attached to the mesh")
+
 // ErrFull says that the table holds as many hand-made names as it may.
 var ErrFull = errors.New("too many names made by hand")
 
-// AddName makes name stand for addrs too. owner is a container's id, and then the name shows while that
-// container is attached somewhere, or mesh.OwnerExtern (also for ""). The record is on disk when AddName
-// returns, reaches every peer, and stays until somebody removes it.
+// AddName makes name stand for addrs too. owner is the id of a container that is attached somewhere, and
+// then the name shows whenever it is, or mesh.OwnerExtern (also for ""). The record is on disk when
+// AddName returns, reaches every peer, and stays until somebody removes it.
 func (t *Table) AddName(owner, name string, addrs []netip.Addr) error {
 	name, owner, err := t.checkName(owner, name)
 	if err != nil {
@@ -32,6 +35,12 @@ func (t *Table) AddName(owner, name string, addrs []netip.Addr) error {
 			return fmt.Errorf("name %q: %v is no address that an answer could hold", name, a)
 		}
 		recs = append(recs, &handmade{addr: a, owner: owner, name: name})
+	}
+	t.mu.Lock()
+	present := t.ownerPresentLocked(owner)
+	t.mu.Unlock()
+	if !present {
+		return fmt.Errorf("name %q: container %.12s: %w", name, owner, ErrNotAttached)
 	}
 	return t.write(recs)
 }
@@ -75,13 +84,11 @@ func (t *Table) RemoveName(owner, name string, addrs []netip.Addr) (int, error) 
 	n := 0
 
 	t.mu.Lock()
-	for _, r := range t.rows {
-		for ; r != nil; r = r.next {
-			h, ok := r.rec.(*handmade)
-			if ok && !h.gone && (owner == "" || h.owner == owner) && (name == "" || h.name == name) &&
-				(len(plain) == 0 || slices.Contains(plain, h.addr)) {
-				dead = append(dead, &handmade{addr: h.addr, owner: h.owner, name: h.name, gone: true})
-			}
+	for _, r := range t.listed {
+		h, ok := r.rec.(*handmade)
+		if ok && !h.gone && (owner == "" || h.owner == owner) && (name == "" || h.name == name) &&
+			(len(plain) == 0 || slices.Contains(plain, h.addr)) {
+			dead = append(dead, &handmade{addr: h.addr, owner: h.owner, name: h.name, gone: true})
 		}
 	}
 	for _, r := range t.peers[t.self].rows {
@@ -221,20 +228,18 @@ func (t *Table) Entries() []Entry {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var all []Entry
-	for _, r := range t.rows {
-		for ; r != nil; r = r.next {
-			v := t.viewLocked(r)
-			e := Entry{Suspect: len(v.names) > 0 && t.suspectLocked(r)}
-			switch rec := r.rec.(type) {
-			case *endpoint:
-				e.Owner, e.Origin, e.Version = rec.owner, rec.peer, rec.ver.seq
-			case *handmade:
-				e.Owner, e.Origin, e.Version, e.Hand = rec.owner, rec.writer, rec.clock, true
-			}
-			for _, e.Name = range v.names {
-				for _, e.Addr = range v.addrs {
-					all = append(all, e)
-				}
+	for _, r := range t.listed {
+		v := t.viewLocked(r)
+		e := Entry{Suspect: len(v.names) > 0 && t.suspectLocked(r)}
+		switch rec := r.rec.(type) {
+		case *endpoint:
+			e.Owner, e.Origin, e.Version = rec.owner, rec.peer, rec.ver.seq
+		case *handmade:
+			e.Owner, e.Origin, e.Version, e.Hand = rec.owner, rec.writer, rec.clock, true
+		}
+		for _, e.Name = range v.names {
+			for _, e.Addr = range v.addrs {
+				all = append(all, e)
 			}
 		}
 	}

@@ -139,21 +139,7 @@ func (t *Table) mergeHandmadeLocked(h *handmade) bool {
 func (t *Table) Items() []mesh.Item {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	items := make([]mesh.Item, 0, len(t.rows))
-	for _, r := range t.rows {
-		for ; r != nil; r = r.next {
-			if t.offeredLocked(r) {
-				items = append(items, r.item)
-			}
-		}
-	}
-	return items
-}
-
-// offeredLocked: other peers need no tombstone that all of them are about to forget.
-func (t *Table) offeredLocked(r *row) bool {
-	h, ok := r.rec.(*handmade)
-	return !ok || !h.gone || t.now.Sub(r.since) < TombstoneAge
+	return slices.Clone(t.items)
 }
 
 // Encode returns deltas of at most limit bytes with the rows that keys stand for. Unknown keys are
@@ -164,7 +150,7 @@ func (t *Table) Encode(keys []uint64, limit int) [][]byte {
 	var rows []*row
 	for _, k := range keys {
 		for r := t.rows[k]; r != nil; r = r.next {
-			if t.offeredLocked(r) {
+			if r.slot >= 0 {
 				rows = append(rows, r)
 			}
 		}

@@ -98,6 +98,8 @@ type Table struct {
 	mu       sync.Mutex // guards all below
 	now      time.Time
 	rows     map[uint64]*row // by hash of the key, chained where hashes collide
+	listed   []*row          // those that other peers are offered: all but the oldest tombstones
+	items    []mesh.Item     // of listed, in the same order
 	peers    map[mesh.PeerName]*peer
 	owners   map[string]*ownerRows
 	handmade int    // rows of hand-made names
@@ -128,6 +130,7 @@ type row struct {
 	next  *row // another key with the same hash
 	rec   record
 	place int // in its peer's heap; endpoints only
+	slot  int // in Table.listed, or -1
 
 	since  time.Time // tombstone of a hand-made name: when its age was zero
 	queued bool      // in Table.out
@@ -233,12 +236,13 @@ func (t *Table) putLocked(rec record) *row {
 	var old view
 	var was record
 	if r == nil {
-		r = &row{next: t.rows[item.Key], place: -1}
+		r = &row{next: t.rows[item.Key], place: -1, slot: -1}
 		t.rows[item.Key] = r
 	} else {
 		was, old = r.rec, t.viewLocked(r)
 	}
 	r.item, r.rec = item, rec
+	t.listLocked(r)
 	switch rec := rec.(type) {
 	case *floor:
 		t.peers[rec.peer].floor = r
@@ -294,6 +298,7 @@ func (t *Table) dropLocked(r *row) {
 		}
 		t.unsaved[r] = true
 	}
+	t.unlistLocked(r)
 	// Unlink from its chain.
 	if head := t.rows[r.item.Key]; head == r && r.next == nil {
 		delete(t.rows, r.item.Key)
@@ -306,6 +311,28 @@ func (t *Table) dropLocked(r *row) {
 		head.next = r.next
 	}
 	r.rec = tomb{r.rec}
+}
+
+// listLocked offers r's present item to other peers.
+func (t *Table) listLocked(r *row) {
+	if r.slot < 0 {
+		r.slot = len(t.listed)
+		t.listed = append(t.listed, r)
+		t.items = append(t.items, r.item)
+	}
+	t.items[r.slot] = r.item
+}
+
+func (t *Table) unlistLocked(r *row) {
+	if r.slot < 0 {
+		return
+	}
+	last := len(t.listed) - 1
+	t.listed[r.slot], t.items[r.slot] = t.listed[last], t.items[last]
+	t.listed[r.slot].slot = r.slot
+	t.listed[last] = nil
+	t.listed, t.items = t.listed[:last], t.items[:last]
+	r.slot = -1
 }
 
 // tomb marks the record of a row that is in the table no longer, for those who still queue the row.
@@ -471,11 +498,14 @@ func (t *Table) expireTombstonesLocked() {
 			if !ok || !h.gone {
 				continue
 			}
-			if t.now.Sub(r.since) >= forgetAge {
+			switch age := t.now.Sub(r.since); {
+			case age >= forgetAge:
 				old = append(old, r)
-			} else {
-				dead = append(dead, r)
+				continue
+			case age >= TombstoneAge:
+				t.unlistLocked(r) // all are about to forget it
 			}
+			dead = append(dead, r)
 		}
 	}
 	if over := len(dead) - maxHandmadeDead; over > 0 {

@@ -213,6 +213,11 @@ func checkIndex(t testing.TB, table *Table) {
 	}
 	table.mu.Lock()
 	defer table.mu.Unlock()
+	for i, r := range table.listed {
+		if r.slot != i || table.items[i] != r.item {
+			t.Fatalf("item %d is not that of its row", i)
+		}
+	}
 	for _, r := range table.rows {
 		for ; r != nil; r = r.next {
 			for _, a := range table.viewLocked(r).addrs {
@@ -551,10 +556,16 @@ func TestHandmade(t *testing.T) {
 func TestHandmadeForContainer(t *testing.T) {
 	a := openTest(t, 1, nil)
 	ep := endpointN(1, "c.mesh.internal.")
+	if err := a.AddName(ep.Owner, "alias.mesh.internal", []netip.Addr{ep.Addrs[0].Addr()}); !errors.Is(err, ErrNotAttached) {
+		t.Errorf("got %v, want %v", err, ErrNotAttached)
+	}
+	a.Announce(ep)
+	if got := a.Attached(ep.Owner); len(got) != 1 || got[0].MAC != ep.MAC {
+		t.Errorf("attached: got %v", got)
+	}
 	if err := a.AddName(ep.Owner, "alias.mesh.internal", []netip.Addr{ep.Addrs[0].Addr()}); err != nil {
 		t.Fatal(err)
 	}
-	wantAddrs(t, a, "alias.mesh.internal.")
 	for range 3 {
 		a.Announce(ep)
 		wantAddrs(t, a, "alias.mesh.internal.", "10.32.0.1")
