@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"net/netip"
 	"net/url"
 	"regexp"
+	"slices"
 	"strings"
 
 	"meshd/mesh"
@@ -28,6 +30,10 @@ func (p *Proxy) create(w http.ResponseWriter, r *http.Request, version string) {
 	}
 	if len(bytes.TrimSpace(body)) > 0 { // without one the daemon has its own words for it
 		body, err = p.rewriteCreate(r.Context(), body, version, r.URL.Query().Get("name"))
+		if theirs := (*reply)(nil); errors.As(err, &theirs) {
+			theirs.send(w)
+			return
+		}
 		if err != nil {
 			refuse(w, http.StatusBadRequest, "meshd: %v", err)
 			return
@@ -40,11 +46,15 @@ func (p *Proxy) create(w http.ResponseWriter, r *http.Request, version string) {
 	p.backend.forward(w, r)
 }
 
-// rewriteCreate returns the body of a create request as it is to be, for a container called name.
+// rewriteCreate returns the body of a create request as it is to be, for a container called name. The error
+// is a *reply when the daemon itself refuses.
 func (p *Proxy) rewriteCreate(ctx context.Context, body []byte, version, name string) ([]byte, error) {
 	req, err := parseObject(body)
 	if err != nil {
 		return nil, fmt.Errorf("the request body: %w", err)
+	}
+	if err := refuseStray(req); err != nil {
+		return nil, err
 	}
 	host, err := req.child("HostConfig")
 	if err != nil {
@@ -67,15 +77,7 @@ func (p *Proxy) rewriteCreate(ctx context.Context, body []byte, version, name st
 		return nil, err
 	}
 	if !wanted {
-		// The label decides at start: none may come from the user or from an image made of a container of ours.
-		_, given := labels[LabelAddrs]
-		if _, inherited := img.Labels[LabelAddrs]; given || inherited {
-			labels[LabelAddrs] = mesh.AddrSpec{Kind: mesh.AddrNone}.String()
-			if err := req.set("Labels", labels); err != nil {
-				return nil, err
-			}
-		}
-		return req.encode(), nil
+		return p.leave(req, labels, img)
 	}
 	labels[LabelAddrs] = addrs
 	steps := []func() error{
@@ -92,6 +94,54 @@ func (p *Proxy) rewriteCreate(ctx context.Context, body []byte, version, name st
 	return req.encode(), nil
 }
 
+// leave returns the request for a container that stays off the mesh: as it came, but for what an image made
+// of a container of ours brings along.
+func (p *Proxy) leave(req *object, labels map[string]string, img image) ([]byte, error) {
+	// The label decides at start, so that none may come from the user either.
+	_, given := labels[LabelAddrs]
+	if _, inherited := img.Labels[LabelAddrs]; given || inherited {
+		labels[LabelAddrs] = mesh.AddrSpec{Kind: mesh.AddrNone}.String()
+		if err := req.set("Labels", labels); err != nil {
+			return nil, err
+		}
+	}
+	if !waits(img.Entrypoint) || req.has("Entrypoint") {
+		return req.encode(), nil
+	}
+	entry, cmd, err := command(req, img)
+	if err != nil {
+		return nil, err
+	}
+	if len(entry) == 0 {
+		entry = words{""} // or the daemon would take the image's
+	}
+	if err := errors.Join(req.set("Entrypoint", entry), req.set("Cmd", cmd)); err != nil {
+		return nil, err
+	}
+	return req.encode(), nil
+}
+
+// strayNames are the members of HostConfig that a daemon up to Docker 20.10 also takes from the outer object
+// when there is no HostConfig in it (moby runconfig/config_unix.go), as clients of 2014 wrote them.
+var strayNames = strings.Fields(`Binds ContainerIDFile LogConfig NetworkMode PortBindings RestartPolicy AutoRemove
+	VolumeDriver VolumesFrom CapAdd CapDrop CgroupnsMode Dns DnsOptions DnsSearch ExtraHosts GroupAdd IpcMode Cgroup Links
+	OomScoreAdj PidMode Privileged PublishAllPorts ReadonlyRootfs SecurityOpt StorageOpt Tmpfs UTSMode UsernsMode ShmSize
+	Sysctls Runtime Isolation Mounts MaskedPaths ReadonlyPaths Init Capabilities`)
+
+// refuseStray refuses a request whose outer object has what belongs into its HostConfig, and no HostConfig:
+// daemons differ in how they read it, and adding a HostConfig would change it for all.
+func refuseStray(req *object) error {
+	if req.has("HostConfig") {
+		return nil
+	}
+	for _, name := range strayNames {
+		if req.has(name) {
+			return fmt.Errorf("the member %q belongs into HostConfig, which is missing", name)
+		}
+	}
+	return nil
+}
+
 // wanted decides from its environment and network mode whether a container belongs on the mesh, and with
 // which addresses. A malformed list is an error now, before the container exists.
 func (p *Proxy) wanted(env []string, host *object) (addrs string, ok bool, err error) {
@@ -99,28 +149,33 @@ func (p *Proxy) wanted(env []string, host *object) (addrs string, ok bool, err e
 	if _, err := host.get("NetworkMode", &mode); err != nil {
 		return "", false, err
 	}
-	variable, value := "", ""
-	for _, entry := range env { // a later one counts, as in the container
-		name, v, set := strings.Cut(entry, "=")
-		if set && (name == "MESH_CIDR" || name == "WEAVE_CIDR" && variable != "MESH_CIDR") {
-			variable, value = name, v
+	vars := map[string]string{}
+	for _, entry := range env { // a later one counts, and one without a value removes, as in the container
+		if name, value, set := strings.Cut(entry, "="); set {
+			vars[name] = value
+		} else {
+			delete(vars, name)
 		}
+	}
+	variable := "MESH_CIDR"
+	value, asked := vars[variable]
+	if !asked {
+		variable = "WEAVE_CIDR"
+		value, asked = vars[variable]
 	}
 	specs, err := mesh.ParseAddrSpecs(value)
 	if err != nil {
 		return "", false, fmt.Errorf("%s=%q: %w", variable, value, err)
 	}
-	if len(specs) == 1 && specs[0].Kind == mesh.AddrNone {
-		return "", false, nil
-	}
 	switch {
+	case len(specs) == 1 && specs[0].Kind == mesh.AddrNone:
+		return "", false, nil
 	case mode == "host" || strings.HasPrefix(mode, "container:"):
 		return "", false, nil // no network namespace of its own
-	case mode == "" || mode == "default" || mode == "bridge" || mode == "none":
-		return value, variable != "" || !p.cfg.NoDefaultIPAlloc, nil
-	default: // a network of the user's: only on demand
-		return value, variable != "", nil
+	case networkMode(mode).isUsers():
+		return value, asked, nil // only on demand
 	}
+	return value, asked || !p.cfg.NoDefaultIPAlloc, nil
 }
 
 // image is what a container inherits.
@@ -145,27 +200,27 @@ func (w *words) UnmarshalJSON(b []byte) error {
 	return json.Unmarshal(b, (*[]string)(w))
 }
 
-// image asks the daemon for the image of a create request. One that is missing, or not named, is the
-// daemon's to refuse: then the zero value is returned and the request goes on.
+// image asks the daemon for the image of a create request. If it does not give it, its answer is that to
+// the create too: a client that reads "no such image" pulls it and comes again.
 func (p *Proxy) image(ctx context.Context, req *object, version string) (image, error) {
 	var name string
 	if _, err := req.get("Image", &name); err != nil {
 		return image{}, err
 	}
 	if name == "" {
-		return image{}, nil
+		return image{}, nil // the daemon has its own words for it
 	}
 	// A name has slashes, which stay; what could leave the path or begin a query does not.
 	path := version + "/images/" + strings.ReplaceAll(url.PathEscape(name), "%2F", "/") + "/json"
-	code, body, err := p.backend.call(ctx, http.MethodGet, path)
+	r, err := p.backend.call(ctx, http.MethodGet, path)
 	if err != nil {
 		return image{}, fmt.Errorf("inspect image %q: %w", name, err)
 	}
-	if code != http.StatusOK {
-		return image{}, nil
+	if r.code != http.StatusOK {
+		return image{}, r
 	}
 	var doc struct{ Config *image }
-	if err := json.Unmarshal(body, &doc); err != nil {
+	if err := json.Unmarshal(r.body, &doc); err != nil {
 		return image{}, fmt.Errorf("inspect image %q: %w", name, err)
 	}
 	if doc.Config == nil {
@@ -174,16 +229,18 @@ func (p *Proxy) image(ctx context.Context, req *object, version string) (image, 
 	return *doc.Config, nil
 }
 
-// setEntrypoint puts the waiter before the command, merged from request and image as the daemon does
-// (moby daemon/commit.go, merge): an entrypoint of the request's own drops the image's command.
-func (p *Proxy) setEntrypoint(req, host *object, img image) error {
-	var entry, cmd words
+// waits reports whether an entrypoint is one of ours, as in an image made of a container of ours.
+func waits(entry words) bool { return len(entry) > 0 && entry[0] == wait.Path }
+
+// command merges entrypoint and command from request and image as the daemon does (moby daemon/commit.go,
+// merge): an entrypoint of the request's own drops the image's command. The waiter is not part of it.
+func command(req *object, img image) (entry, cmd words, err error) {
 	own, err := req.get("Entrypoint", &entry)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	if _, err := req.get("Cmd", &cmd); err != nil {
-		return err
+		return nil, nil, err
 	}
 	if len(entry) == 0 {
 		if len(cmd) == 0 {
@@ -196,8 +253,17 @@ func (p *Proxy) setEntrypoint(req, host *object, img image) error {
 	if len(entry) == 1 && entry[0] == "" {
 		entry = nil // --entrypoint "" clears the image's
 	}
-	if len(entry) > 0 && entry[0] == wait.Path { // the image was made of a container of ours
+	if waits(entry) {
 		entry = entry[min(2, len(entry)):]
+	}
+	return entry, append(words{}, cmd...), nil
+}
+
+// setEntrypoint puts the waiter before the command.
+func (p *Proxy) setEntrypoint(req, host *object, img image) error {
+	entry, cmd, err := command(req, img)
+	if err != nil {
+		return err
 	}
 	if len(entry)+len(cmd) == 0 {
 		return nil // "No command specified" is the daemon's to say
@@ -206,20 +272,23 @@ func (p *Proxy) setEntrypoint(req, host *object, img image) error {
 		p.log.Warn("a container starts without waiting for its interface", "err", err)
 		return nil
 	}
-	if err := req.set("Entrypoint", append(words{wait.Path, p.cfg.Ifname}, entry...)); err != nil {
-		return err
-	}
-	if err := req.set("Cmd", append(words{}, cmd...)); err != nil {
+	entry = append(words{wait.Path, p.cfg.Ifname}, entry...)
+	if err := errors.Join(req.set("Entrypoint", entry), req.set("Cmd", cmd)); err != nil {
 		return err
 	}
 	var binds []string
 	if _, err := host.get("Binds", &binds); err != nil {
 		return err
 	}
-	return host.set("Binds", append(binds, p.cfg.WaitDir+":"+wait.Mount+":ro"))
+	bind := p.cfg.WaitDir + ":" + wait.Mount + ":ro"
+	if slices.Contains(binds, bind) { // another proxy of ours was there before
+		return nil
+	}
+	return host.set("Binds", append(binds, bind))
 }
 
-var hostnamePattern = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?$`)
+// hostnamePattern is what becomes a host name: RFC 1123 2.1, and the underscore that people use.
+var hostnamePattern = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9._-]*[a-zA-Z0-9])?$`)
 
 // setNames gives the container a host name in the domain, unless the user chose one, and our name server.
 func (p *Proxy) setNames(req, host *object, labels map[string]string, name string) error {
@@ -235,38 +304,30 @@ func (p *Proxy) setNames(req, host *object, labels map[string]string, name strin
 		return err
 	}
 	domain := strings.TrimSuffix(p.cfg.DNSDomain, ".")
-	derived := false
 	if hostname == "" && uts == "" {
 		if v, ok := labels[p.cfg.HostnameFromLabel]; ok && p.cfg.HostnameFromLabel != "" {
 			name = v
 		}
 		name = p.cfg.HostnameMatch.ReplaceAllString(strings.TrimPrefix(name, "/"), p.cfg.HostnameReplacement)
-		// Docker allows names that are no host names, such as a_b: they get none.
 		if len(name) <= maxHostname && hostnamePattern.MatchString(name) {
-			derived = true
-			if err := req.set("Hostname", name); err != nil {
-				return err
-			}
-			if err := req.set("Domainname", domain); err != nil {
+			if err := errors.Join(req.set("Hostname", name), req.set("Domainname", domain)); err != nil {
 				return err
 			}
 		}
 	}
-	var servers, search []string
+	var servers []string
 	if _, err := host.get("Dns", &servers); err != nil {
 		return err
 	}
-	if _, err := host.get("DnsSearch", &search); err != nil {
+	if !slices.Contains(servers, server.String()) {
+		servers = append(servers, server.String())
+	}
+	if err := host.set("Dns", servers); err != nil {
 		return err
 	}
-	if err := host.set("Dns", append(servers, server.String())); err != nil {
+	var search []string
+	if _, err := host.get("DnsSearch", &search); err != nil || len(search) > 0 {
 		return err
-	}
-	if len(search) > 0 {
-		return nil
-	}
-	if derived { // the resolver then searches the container's own domain (resolv.conf(5))
-		return host.set("DnsSearch", []string{"."})
 	}
 	return host.set("DnsSearch", []string{domain})
 }

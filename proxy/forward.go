@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -12,6 +13,7 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/url"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -22,6 +24,7 @@ type backend struct {
 	network, addr string
 	transport     *http.Transport
 	proxy         *httputil.ReverseProxy
+	run           context.Context // of Proxy.Run, which sets it before it serves
 }
 
 const (
@@ -53,9 +56,10 @@ func newBackend(cfg Config) (*backend, error) {
 	}
 	target := &url.URL{Scheme: scheme, Host: host}
 	b.proxy = &httputil.ReverseProxy{
-		// The path goes on as it was written, not as it decodes.
+		// Path and query go on as they were written, not as they decode.
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.Out.URL.Scheme, r.Out.URL.Host = target.Scheme, target.Host
+			r.Out.URL.RawQuery = r.In.URL.RawQuery
 			r.Out.Host = r.In.Host
 		},
 		Transport:     b.transport,
@@ -140,15 +144,17 @@ func mayHijack(r *http.Request) bool {
 		(strings.HasSuffix(path, "/attach") || strings.HasSuffix(path, "/start") && strings.Contains(path, "/exec/"))
 }
 
+// hijack lives as long as Run and not as r's context, which ends when the client closes its sending half,
+// with an answer still to come.
 func (b *backend) hijack(w http.ResponseWriter, r *http.Request) {
-	up, err := b.dial(r.Context())
+	up, err := b.dial(b.run)
 	if err != nil {
 		b.unreachable(w, r, err)
 		return
 	}
 	defer up.Close()
-	stop := context.AfterFunc(r.Context(), func() { up.Close() })
-	out := r.Clone(r.Context())
+	defer context.AfterFunc(b.run, func() { up.Close() })()
+	out := r.Clone(b.run)
 	out.Header.Del("Expect") // answered by the server when the body is read
 	if out.Header.Get("User-Agent") == "" {
 		out.Header["User-Agent"] = []string{""} // or Write would put its own
@@ -170,14 +176,13 @@ func (b *backend) hijack(w http.ResponseWriter, r *http.Request) {
 		answer(w, resp)
 		return
 	}
-	// From here on the connection is the client's; its context ends when this function returns.
-	stop()
 	down, rw, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		b.unreachable(w, r, err)
 		return
 	}
 	defer down.Close()
+	defer context.AfterFunc(b.run, func() { down.Close() })()
 	head := *resp
 	head.Body, head.ContentLength = nil, -1
 	if err := writeHead(down, &head); err != nil {
@@ -224,30 +229,52 @@ func copyHalf(dst, src net.Conn, buffered *bufio.Reader) {
 			return
 		}
 	}
-	io.Copy(dst, src) // io.Copy uses splice(2) between sockets
+	io.Copy(dst, src)
 	if half, ok := dst.(interface{ CloseWrite() error }); ok {
 		half.CloseWrite()
 	}
 }
 
-// call asks the daemon something for the proxy itself, in the API version of the client's request, and
-// returns the status and at most 16 MiB of the body.
-func (b *backend) call(ctx context.Context, method, path string) (int, []byte, error) {
+// reply is an answer of the daemon to a question of the proxy's own. As an error it is a refusal.
+type reply struct {
+	code   int
+	header http.Header
+	body   []byte
+}
+
+func (r *reply) Error() string {
+	return fmt.Sprintf("Docker says: %d %s", r.code, bytes.TrimSpace(r.body[:min(len(r.body), 1024)]))
+}
+
+// send passes the answer on to a client.
+func (r *reply) send(w http.ResponseWriter) {
+	h := w.Header()
+	for name, values := range r.header {
+		h[name] = values
+	}
+	h.Set("Content-Length", strconv.Itoa(len(r.body)))
+	w.WriteHeader(r.code)
+	w.Write(r.body)
+}
+
+// call asks the daemon something, in the API version of the client's request. An answer has at most
+// 16 MiB.
+func (b *backend) call(ctx context.Context, method, path string) (*reply, error) {
 	req, err := http.NewRequestWithContext(ctx, method, "http://docker"+path, nil)
 	if err != nil {
-		return 0, nil, err
+		return nil, err
 	}
 	if b.transport.TLSClientConfig != nil {
 		req.URL.Scheme, req.URL.Host = "https", b.addr
 	}
 	resp, err := b.transport.RoundTrip(req)
 	if err != nil {
-		return 0, nil, err
+		return nil, err
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxBody+1))
 	if err == nil && len(body) > maxBody {
 		err = fmt.Errorf("the daemon's answer to %s %s has more than %d bytes", method, path, maxBody)
 	}
-	return resp.StatusCode, body, err
+	return &reply{resp.StatusCode, resp.Header, body}, err
 }

@@ -10,22 +10,20 @@ func (p *Proxy) inspect(w http.ResponseWriter, r *http.Request) {
 	if r.URL.RawQuery != "" {
 		path += "?" + r.URL.RawQuery
 	}
-	code, body, err := p.backend.call(r.Context(), http.MethodGet, path)
+	answer, err := p.backend.call(r.Context(), http.MethodGet, path)
 	if err != nil {
 		p.backend.unreachable(w, r, err)
 		return
 	}
-	if code == http.StatusOK {
+	if answer.code == http.StatusOK {
 		// What cannot be rewritten is shown as Docker shows it.
-		if changed, err := p.rewriteInspect(body); err == nil {
-			body = changed
+		if changed, err := p.rewriteInspect(answer.body); err == nil {
+			answer.body = changed
 		} else {
 			p.log.Debug("an inspect answer stays as it is", "err", err)
 		}
 	}
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(code)
-	w.Write(body)
+	answer.send(w)
 }
 
 func (p *Proxy) rewriteInspect(body []byte) ([]byte, error) {

@@ -73,6 +73,8 @@ func (p *Proxy) Run(ctx context.Context) error {
 		p.addresses = append(p.addresses, address(l))
 		p.mu.Unlock()
 	}
+	g, ctx := errgroup.WithContext(ctx)
+	p.backend.run = ctx
 	close(p.ready)
 	server := &http.Server{
 		Handler:           p,
@@ -80,7 +82,6 @@ func (p *Proxy) Run(ctx context.Context) error {
 		ErrorLog:          slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
 		BaseContext:       func(net.Listener) context.Context { return ctx },
 	}
-	g, ctx := errgroup.WithContext(ctx)
 	for _, l := range listeners {
 		g.Go(func() error {
 			p.log.Info("Docker proxy listens", "addr", address(l))
@@ -116,8 +117,8 @@ func address(l net.Listener) string {
 // The calls that are not simply passed on. Docker's daemon takes them with and without a version.
 var (
 	createPath  = regexp.MustCompile(`^(/v[0-9.]+)?/containers/create$`)
-	startPath   = regexp.MustCompile(`^(/v[0-9.]+)?/containers/([^/]+)/(start|restart)$`)
-	inspectPath = regexp.MustCompile(`^(/v[0-9.]+)?/containers/([^/]+)/json$`)
+	startPath   = regexp.MustCompile(`^(/v[0-9.]+)?/containers/(.+)/(start|restart)$`) // linked names have a slash
+	inspectPath = regexp.MustCompile(`^(/v[0-9.]+)?/containers/(.+)/json$`)
 )
 
 func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {

@@ -24,7 +24,10 @@ import (
 	"meshd/proxy/wait"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// A connection whose request was refused half read lingers for half a second (net/http).
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("net/http.(*conn).closeWriteAndWait"))
+}
 
 // daemon is a Docker daemon as far as the proxy sees one.
 type daemon struct {
@@ -53,6 +56,8 @@ func (d *daemon) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		io.WriteString(w, `{"Config":{"Entrypoint":["/tool"],"Cmd":["help"],"Env":["MESH_CIDR=net:10.5.0.0/16"]}}`)
 	case path == "/images/mine/json":
 		io.WriteString(w, `{"Config":{"Entrypoint":["`+wait.Path+`","ethmesh","/tool"],"Cmd":["help"],"Labels":{"`+LabelAddrs+`":""}}}`)
+	case path == "/images/mine-sh/json":
+		io.WriteString(w, `{"Config":{"Entrypoint":["`+wait.Path+`","ethmesh"],"Cmd":["sh"],"Labels":{"`+LabelAddrs+`":""}}}`)
 	case path == "/images/bare/json":
 		io.WriteString(w, `{"Config":{"Env":null}}`)
 	case strings.HasPrefix(path, "/images/"):
@@ -90,13 +95,14 @@ type bench struct {
 	containers *fakeContainers
 	client     *http.Client
 	socket     string
+	wait       string // directory of the waiter
 }
 
 // start runs a proxy between a fake daemon and a client.
 func start(t *testing.T, change func(*Config)) *bench {
 	t.Helper()
 	dir := t.TempDir()
-	b := &bench{daemon: &daemon{}, containers: &fakeContainers{}, socket: filepath.Join(dir, "proxy.sock")}
+	b := &bench{daemon: &daemon{}, containers: &fakeContainers{}, socket: filepath.Join(dir, "proxy.sock"), wait: filepath.Join(dir, "wait")}
 	docker := filepath.Join(dir, "docker.sock")
 	l, err := net.Listen("unix", docker)
 	if err != nil {
@@ -107,7 +113,7 @@ func start(t *testing.T, change func(*Config)) *bench {
 	t.Cleanup(func() { server.Close() })
 	cfg := Config{
 		Listen: []string{"unix://" + b.socket}, Docker: "unix://" + docker,
-		WaitDir: filepath.Join(dir, "wait"), Ifname: "ethmesh",
+		WaitDir: b.wait, Ifname: "ethmesh",
 		DNS: func() netip.AddrPort { return netip.MustParseAddrPort("172.17.0.1:53") }, DNSDomain: "mesh.internal.",
 	}
 	if change != nil {
@@ -176,7 +182,7 @@ func TestCreate(t *testing.T) {
 		want              outcome
 	}{
 		{"image command", "", `{"Image":"sh"}`, outcome{waiter, []string{"sh", "-c", "x"}, "", "", "mesh.internal"}},
-		{"own command", "?name=web", `{"Image":"sh","Cmd":["ls"]}`, outcome{waiter, []string{"ls"}, "", "web", "."}},
+		{"own command", "?name=web", `{"Image":"sh","Cmd":["ls"]}`, outcome{waiter, []string{"ls"}, "", "web", "mesh.internal"}},
 		{"command as a string", "", `{"Image":"sh","Cmd":"ls"}`, outcome{waiter, []string{"ls"}, "", "", "mesh.internal"}},
 		{"own entrypoint drops the image's command", "", `{"Image":"sh","Entrypoint":["/e"]}`, outcome{with("/e"), []string{}, "", "", "mesh.internal"}},
 		{"image entrypoint and environment", "", `{"Image":"tool","Cmd":["go"]}`, outcome{with("/tool"), []string{"go"}, "net:10.5.0.0/16", "", "mesh.internal"}},
@@ -186,7 +192,10 @@ func TestCreate(t *testing.T) {
 		{"empty entrypoint, as the daemon reads it", "", `{"Image":"tool","Entrypoint":[],"Cmd":["ls"]}`, outcome{waiter, []string{"ls"}, "net:10.5.0.0/16", "", "mesh.internal"}},
 		{"image of a container of ours", "", `{"Image":"mine"}`, outcome{with("/tool"), []string{"help"}, "", "", "mesh.internal"}},
 		{"no command", "", `{"Image":"bare"}`, outcome{nil, nil, "", "", "mesh.internal"}},
-		{"missing image", "", `{"Image":"missing","Cmd":["ls"]}`, outcome{waiter, []string{"ls"}, "", "", "mesh.internal"}},
+		{"variable removed", "", `{"Image":"tool","Env":["MESH_CIDR"]}`, outcome{with("/tool"), []string{"help"}, "", "", "mesh.internal"}},
+		{"image of a container of ours, opted out", "", `{"Image":"mine","Env":["MESH_CIDR=none"]}`, outcome{[]string{"/tool"}, []string{"help"}, "none", "", ""}},
+		{"image of a container of ours without entrypoint, opted out", "", `{"Image":"mine-sh","Env":["MESH_CIDR=none"]}`, outcome{[]string{""}, []string{"sh"}, "none", "", ""}},
+		{"two proxies", "", `{"Image":"sh","Entrypoint":["` + wait.Path + `","ethmesh"],"Cmd":["ls"],"HostConfig":{"Binds":["WAIT:` + wait.Mount + `:ro"],"Dns":["172.17.0.1"]}}`, outcome{waiter, []string{"ls"}, "", "", "mesh.internal"}},
 		{"opted out", "", `{"Image":"sh","Env":["MESH_CIDR=none"]}`, outcome{nil, nil, "-", "", ""}},
 		{"host network", "", `{"Image":"sh","HostConfig":{"NetworkMode":"host"}}`, outcome{nil, nil, "-", "", ""}},
 		{"another's network", "", `{"Image":"sh","HostConfig":{"NetworkMode":"container:x"}}`, outcome{nil, nil, "-", "", ""}},
@@ -195,13 +204,17 @@ func TestCreate(t *testing.T) {
 		{"a user's network on demand", "", `{"Image":"sh","Env":["MESH_CIDR="],"HostConfig":{"NetworkMode":"mine"}}`, outcome{waiter, []string{"sh", "-c", "x"}, "", "", "mesh.internal"}},
 		{"label smuggled in", "", `{"Image":"sh","Labels":{"meshd.addresses":"ip:10.0.0.1/8"},"HostConfig":{"NetworkMode":"host"}}`, outcome{nil, nil, "none", "", ""}},
 		{"own host name", "?name=web", `{"Image":"sh","Hostname":"db"}`, outcome{waiter, []string{"sh", "-c", "x"}, "", "db", "mesh.internal"}},
-		{"name that is no host name", "?name=a_b", `{"Image":"sh"}`, outcome{waiter, []string{"sh", "-c", "x"}, "", "", "mesh.internal"}},
+		{"name with an underscore", "?name=a_b", `{"Image":"sh"}`, outcome{waiter, []string{"sh", "-c", "x"}, "", "a_b", "mesh.internal"}},
+		{"name that is no host name", "?name=a-", `{"Image":"sh"}`, outcome{waiter, []string{"sh", "-c", "x"}, "", "", "mesh.internal"}},
+		{"name of 64 bytes", "?name=" + strings.Repeat("n", 64), `{"Image":"sh"}`, outcome{waiter, []string{"sh", "-c", "x"}, "", strings.Repeat("n", 64), "mesh.internal"}},
+		{"name of 65 bytes", "?name=" + strings.Repeat("n", 65), `{"Image":"sh"}`, outcome{waiter, []string{"sh", "-c", "x"}, "", "", "mesh.internal"}},
 		{"own search list", "", `{"Image":"sh","HostConfig":{"DnsSearch":["x.y"]}}`, outcome{waiter, []string{"sh", "-c", "x"}, "", "", "x.y"}},
 		{"folded names", "", `{"image":"sh","hostconfig":{"networkmode":"host"}}`, outcome{nil, nil, "-", "", ""}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			b := start(t, nil)
-			if code, answer := b.post(t, "/v1.41/containers/create"+c.query, c.body); code != http.StatusCreated {
+			body := strings.Replace(c.body, "WAIT:", b.wait+":", 1)
+			if code, answer := b.post(t, "/v1.41/containers/create"+c.query, body); code != http.StatusCreated {
 				t.Fatalf("got %d %s", code, answer)
 			}
 			var got created
@@ -221,7 +234,7 @@ func TestCreate(t *testing.T) {
 			if attached := have.Label != "-" && have.Label != "none"; attached != (len(got.HostConfig.Dns) == 1) {
 				t.Errorf("name servers %v", got.HostConfig.Dns)
 			}
-			if waits := c.want.Entrypoint != nil; waits != (len(got.HostConfig.Binds) == 1) {
+			if waits(got.Entrypoint) != (len(got.HostConfig.Binds) == 1) {
 				t.Errorf("binds %v", got.HostConfig.Binds)
 			}
 		})
@@ -238,6 +251,8 @@ func TestCreateRefuses(t *testing.T) {
 		`{"Image":"sh","HostConfig":{"NetworkMode":"host","networkMode":""}}`,
 		`{"Image":"sh","Env":"MESH_CIDR=none"}`,
 		`{"Image":7}`,
+		`{"Image":"sh","NetworkMode":"host"}`,
+		`{"Image":"sh","privileged":true,"HostConfig":null}`,
 		`[]`, `{`, `{} x`,
 		`{"a":` + strings.Repeat(`[`, 10000) + strings.Repeat(`]`, 10000) + `}`,
 	} {
@@ -246,6 +261,10 @@ func TestCreateRefuses(t *testing.T) {
 		if json.Unmarshal([]byte(answer), &doc) != nil || code != http.StatusBadRequest || !strings.HasPrefix(doc.Message, "meshd: ") {
 			t.Errorf("%.80s: got %d %s", body, code, answer)
 		}
+	}
+	// What the daemon says of the image is what it would say of the container.
+	if code, answer := b.post(t, "/containers/create", `{"Image":"missing","Cmd":["ls"]}`); code != http.StatusNotFound || answer != `{"message":"No such image"}`+"\n" {
+		t.Errorf("missing image: got %d %s", code, answer)
 	}
 	if b.daemon.created != nil {
 		t.Errorf("the daemon got %s", b.daemon.created)

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
-	"strings"
 
 	"meshd/mesh"
 )
@@ -29,7 +28,7 @@ func (p *Proxy) start(w http.ResponseWriter, r *http.Request, version, name stri
 		refuse(w, http.StatusInternalServerError, "meshd: container %s: label %s: %v", name, LabelAddrs, err)
 		return
 	}
-	if old := bodyOfOldClients(r); old {
+	if bodyOfOldClients(r) {
 		refuse(w, http.StatusBadRequest, "meshd: a start request with settings of its own would undo those of create: use API version 1.24 or newer")
 		return
 	}
@@ -39,8 +38,10 @@ func (p *Proxy) start(w http.ResponseWriter, r *http.Request, version, name stri
 		answer.release()
 		return
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), attachTimeout)
+	// The container runs, so what is begun is ended, also when the client has gone.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), attachTimeout)
 	defer cancel()
+	defer context.AfterFunc(p.backend.run, cancel)()
 	err = p.containers.Attach(ctx, Request{
 		Container:        c.ID,
 		Addrs:            specs,
@@ -53,24 +54,26 @@ func (p *Proxy) start(w http.ResponseWriter, r *http.Request, version, name stri
 		answer.release()
 		return
 	}
+	if p.backend.run.Err() != nil {
+		return // whoever runs next attaches it
+	}
 	p.log.Warn("a container cannot be attached and is stopped", "container", c.ID, "err", err)
-	// With the client gone there is still a container to stop.
-	stop, cancelStop := context.WithTimeout(context.WithoutCancel(r.Context()), dialTimeout)
+	stop, cancelStop := context.WithTimeout(p.backend.run, dialTimeout)
 	defer cancelStop()
-	code, body, kerr := p.backend.call(stop, http.MethodPost, version+"/containers/"+url.PathEscape(c.ID)+"/kill")
-	switch {
-	case kerr != nil:
+	killed, kerr := p.backend.call(stop, http.MethodPost, version+"/containers/"+url.PathEscape(c.ID)+"/kill")
+	if kerr == nil && killed.code >= 400 && killed.code != http.StatusConflict && killed.code != http.StatusNotFound {
+		kerr = killed // the two say that it does not run any more
+	}
+	if kerr != nil {
 		p.log.Warn("cannot stop the container", "container", c.ID, "err", kerr)
-	case code == http.StatusConflict || code == http.StatusNotFound: // it is not running any more
-	case code >= 400:
-		p.log.Warn("cannot stop the container", "container", c.ID, "err", strings.TrimSpace(string(body)))
 	}
 	refuse(w, http.StatusInternalServerError, "meshd: container %s: %v", name, err)
 }
 
-// bodyOfOldClients reports whether the request brings a HostConfig, as API versions before 1.24 allow.
+// bodyOfOldClients reports whether the request brings a HostConfig, as API versions before 1.24 allow. The
+// daemon draws the line at the same length (moby api/server/router/container, postContainersStart).
 func bodyOfOldClients(r *http.Request) bool {
-	return r.ContentLength > 2 || r.ContentLength < 0 && len(r.TransferEncoding) > 0
+	return r.ContentLength > 7 || r.ContentLength < 0
 }
 
 // container is the part of an inspect answer that the proxy reads.
@@ -98,15 +101,15 @@ func (m networkMode) isUsers() bool {
 
 // container inspects one. An unknown one is the zero value: the daemon says so itself.
 func (p *Proxy) container(ctx context.Context, version, name string) (container, error) {
-	code, body, err := p.backend.call(ctx, http.MethodGet, version+"/containers/"+url.PathEscape(name)+"/json")
+	r, err := p.backend.call(ctx, http.MethodGet, version+"/containers/"+url.PathEscape(name)+"/json")
 	if err != nil {
 		return container{}, fmt.Errorf("inspect container %s: %w", name, err)
 	}
 	var c container
-	if code != http.StatusOK {
+	if r.code != http.StatusOK {
 		return c, nil
 	}
-	if err := json.Unmarshal(body, &c); err != nil {
+	if err := json.Unmarshal(r.body, &c); err != nil {
 		return c, fmt.Errorf("inspect container %s: %w", name, err)
 	}
 	return c, nil
