@@ -26,8 +26,10 @@ type Topology struct {
 	version uint32       // the last one used
 	peers   map[mesh.PeerName]*entry
 	byKey   map[uint64]*record
-	changes uint64    // counts what may alter routes or states
-	started time.Time // the first and the last time that Reach was told
+	changes uint64      // counts what may alter routes or states
+	digests []mesh.Item // what Items last returned
+	fresh   uint64      // changes when that was
+	started time.Time   // the first and the last time that Reach was told
 	now     time.Time
 	foreign map[mesh.RunID]*foreignRun
 	rival   *Epoch
@@ -322,10 +324,13 @@ func (t *Topology) secondLocked(r *record) bool {
 
 func (t *Topology) uptimeLocked() uint32 { return uint32(t.now.Sub(t.started) / time.Second) }
 
-// Items lists the records for anti-entropy.
+// Items lists the records for anti-entropy. Nobody may change the list.
 func (t *Topology) Items() []mesh.Item {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.digests != nil && t.fresh == t.changes {
+		return t.digests
+	}
 	out := make([]mesh.Item, 0, len(t.byKey))
 	for _, e := range t.peers {
 		if e.hidden {
@@ -338,6 +343,7 @@ func (t *Topology) Items() []mesh.Item {
 			out = append(out, p.cachedItem())
 		}
 	}
+	t.digests, t.fresh = out, t.changes
 	return out
 }
 
@@ -465,7 +471,7 @@ func (t *Topology) Reach(now time.Time, limit Patience, reachable func(mesh.Peer
 		if name == t.self {
 			continue
 		}
-		state := Alive
+		state, hidden := Alive, e.hidden
 		if reachable(name) {
 			e.down, e.hidden = time.Time{}, false
 		} else {
@@ -485,7 +491,11 @@ func (t *Topology) Reach(now time.Time, limit Patience, reachable func(mesh.Peer
 					delete(t.byKey, p.id.key())
 				}
 				delete(t.peers, name)
+				t.digests = nil
 			}
+		}
+		if e.hidden != hidden {
+			t.digests = nil
 		}
 		if state == e.state || e.base == nil || state == Gone && !e.known {
 			continue

@@ -48,7 +48,7 @@ func all(t *Topology) []byte {
 }
 
 func items(t *Topology) []mesh.Item {
-	out := t.Items()
+	out := slices.Clone(t.Items())
 	slices.SortFunc(out, func(a, b mesh.Item) int {
 		if a.Key < b.Key {
 			return -1

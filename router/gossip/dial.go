@@ -31,6 +31,7 @@ const (
 	dialRate    = 10               // dials a second to peers that others tell of
 	dialBurst   = 60
 	maxKnown    = 4096 // peers whose addresses are remembered
+	maxMet      = 256  // addresses handed from one run to the next
 	maxAddrs    = 8    // addresses of one peer or target that are tried
 )
 
@@ -44,6 +45,7 @@ type dialer struct {
 	rng       *rand.Rand
 
 	targets []*target
+	old     []*target // addresses of an earlier run's peers, until they are met again
 	addrs   map[netip.AddrPort]*attempt
 	known   map[mesh.PeerName]*knownPeer
 	linked  map[mesh.PeerName]netip.AddrPort
@@ -89,6 +91,7 @@ type knownPeer struct {
 	hopeful   time.Time // a direct link looks possible until then
 	retry     retry
 	refused   bool
+	met       bool      // there was a link
 	told      time.Time // when others last told of it
 }
 
@@ -178,6 +181,36 @@ func (d *dialer) connect(texts []string, replace bool) error {
 	}
 	d.targets = keep
 	return nil
+}
+
+// remember has addresses dialled at which an earlier run met peers.
+func (d *dialer) remember(addrs []netip.AddrPort) {
+	if !d.discovery {
+		return
+	}
+	for _, a := range addrs[:min(len(addrs), maxMet)] {
+		if dialable(a) {
+			d.old = append(d.old, &target{host: a.Addr().String(), port: a.Port()})
+		}
+	}
+}
+
+// met lists, for every peer that there was a link to, the address that it was met at last: those linked
+// now first, then others of this run, then what the earlier one left.
+func (d *dialer) met() (out []netip.AddrPort) {
+	names := sortedNames(d.known)
+	for _, now := range [2]bool{true, false} {
+		for _, name := range names {
+			k := d.known[name]
+			if _, linked := d.linked[name]; k.met && linked == now && len(k.addrs) > 0 {
+				out = append(out, k.addrs[0])
+			}
+		}
+	}
+	for _, t := range d.old {
+		out = append(out, netip.AddrPortFrom(netip.MustParseAddr(t.host), t.port))
+	}
+	return out[:min(len(out), maxMet)]
 }
 
 // forget drops targets by the very words that they were given with.
@@ -281,7 +314,7 @@ func (d *dialer) up(l router.Link, now time.Time) {
 		d.makeRoom(now)
 		d.known[name] = k // there are fewer links than room, so this one is let in anyhow
 	}
-	k.reachable, k.refused, k.told = true, false, now
+	k.reachable, k.refused, k.met, k.told = true, false, true, now
 	addr := l.Addr
 	if !l.Outbound && l.Peer.Port != 0 {
 		addr = netip.AddrPortFrom(l.Addr.Addr(), l.Peer.Port)
@@ -400,9 +433,16 @@ func (d *dialer) step(now time.Time) (dial []netip.AddrPort, resolve []*target) 
 		return true
 	}
 
-	for _, t := range d.targets {
+	d.old = slices.DeleteFunc(d.old, d.established)
+	for i, t := range slices.Concat(d.targets, d.old) {
 		if t.resolving || now.Before(t.retry.next) || d.established(t) {
 			continue
+		}
+		if i >= len(d.targets) {
+			if d.credit < 1 || d.limit > 0 && len(d.linked) >= d.limit {
+				break
+			}
+			d.credit--
 		}
 		if ip, err := netip.ParseAddr(t.host); err == nil {
 			t.addrs = []netip.AddrPort{netip.AddrPortFrom(ip.Unmap(), t.port)}
@@ -416,6 +456,9 @@ func (d *dialer) step(now time.Time) (dial []netip.AddrPort, resolve []*target) 
 			}
 		}
 		limit := capTarget
+		if i >= len(d.targets) && len(d.linked) > 0 {
+			limit = capRefused // others tell of those that are left
+		}
 		for _, a := range t.addrs {
 			start(a)
 			if at := d.addrs[a]; at.refused || at.itself {

@@ -49,13 +49,14 @@ var _ interface {
 
 // Config is what a Node needs to know.
 type Config struct {
-	Self        router.Peer   // Name, Run, Key, NickName, Port, Protocol, MTU, Flags; ShortID: the last one used, or 0
-	NoDiscovery bool          // dial only the targets
-	ConnLimit   int           // links; 0: any number. Soft: targets are dialled all the same
-	TargetPort  uint16        // of targets that name none; 0: Self.Port
-	Suspect     time.Duration // unreachable for so long, a peer is suspected; 0: 2 s
-	Gone        time.Duration // and for so long, forgotten; 0: 1 h
-	Seed        uint64        // of all that is random here; 0: a random one
+	Self        router.Peer      // Name, Run, Key, NickName, Port, Protocol, MTU, Flags; ShortID: the last one used, or 0
+	NoDiscovery bool             // dial only the targets
+	ConnLimit   int              // links; 0: any number. Soft: targets are dialled all the same
+	TargetPort  uint16           // of targets that name none; 0: Self.Port
+	Suspect     time.Duration    // unreachable for so long, a peer is suspected; 0: 2 s
+	Gone        time.Duration    // and for so long, forgotten; 0: 1 h
+	Remembered  []netip.AddrPort // where an earlier run met peers (see Met), dialled like what others tell of
+	Seed        uint64           // of all that is random here; 0: a random one
 
 	// Routes is kept up to date; nil: a new one. The tunnel reads it.
 	Routes *router.LiveRoutes
@@ -167,6 +168,7 @@ func New(cfg Config, under Underlay) *Node {
 		state:    loopState{again: map[mesh.PeerName]time.Time{}},
 	}
 	n.tables[mesh.ChanTopology] = n.topology
+	n.dialer.remember(cfg.Remembered)
 	n.routes.Store(n.topology.Routes())
 	return n
 }
@@ -287,6 +289,13 @@ func (n *Node) Targets() []string {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.dialer.targetTexts()
+}
+
+// Met lists where peers have been met, for a later run to remember.
+func (n *Node) Met() []netip.AddrPort {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.dialer.met()
 }
 
 // Update changes what is said of this peer, for example its flags when a foreign port appears on the

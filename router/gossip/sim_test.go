@@ -3,6 +3,7 @@ package gossip_test
 import (
 	"flag"
 	"fmt"
+	"net/netip"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -50,7 +51,7 @@ func TestJoin(t *testing.T) {
 
 // A cluster is cut in half, lives on in halves, and must be whole again within 30 s.
 func TestPartition(t *testing.T) {
-	seeds(t, 4, func(t *testing.T, seed uint64) {
+	seeds(t, 3, func(t *testing.T, seed uint64) {
 		const n = 25
 		c := simnet.NewCluster(t, simnet.Options{Seed: seed})
 		defer c.Stop()
@@ -356,6 +357,27 @@ func TestLateTarget(t *testing.T) {
 		}
 		c.Net.HealAll()
 		t.Log("joined after", c.Until("joined", 30*time.Second, fullMesh(c)))
+	})
+}
+
+// A peer whose targets are all out of reach comes back by the peers that its earlier run had met.
+func TestRememberedPeers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var remembered []netip.AddrPort
+		c := simnet.NewCluster(t, simnet.Options{Seed: 1, Config: func(_ int, cfg *gossip.Config) { cfg.Remembered = remembered }})
+		defer c.Stop()
+		c.StartAll(5)
+		c.Until("full mesh", 10*time.Second, fullMesh(c))
+		remembered = c.Peers[4].Node.Met()
+		if len(remembered) != 4 {
+			t.Fatalf("met peers at %v", remembered)
+		}
+		c.Kill(0)
+		c.Start(4, 0)
+		c.Until("joined by another", 10*time.Second, func() error { return separate(c.Peers[1:]) })
+		if got := c.Peers[4].Node.Met(); len(got) != 4 {
+			t.Errorf("the dead peer's address is forgotten: %v", got)
+		}
 	})
 }
 

@@ -12,11 +12,14 @@ import (
 )
 
 const (
-	publishPause = 50 * time.Millisecond // between publications, when a link went up or down
-	publishLazy  = time.Second           // when anything else changed
-	routesPause  = 20 * time.Millisecond // between computations of routes
+	publishPause = 50 * time.Millisecond  // between publications, when a link went up or down;
+	publishMost  = 500 * time.Millisecond // it doubles up to this, and half a millisecond per peer,
+	publishQuiet = 2 * time.Second        // until so long nothing was published
+	publishLazy  = time.Second            // between publications when anything else changed
+	routesPause  = 20 * time.Millisecond  // between computations of routes
 	reachPause   = 500 * time.Millisecond
 	knowPause    = 100 * time.Millisecond // and 10 ms more for every peer
+	dialPause    = 50 * time.Millisecond  // between looks for whom to dial
 	checkPause   = 3 * time.Second        // between looks for peers that are no members
 
 	syncEvery = 2 * time.Second        // between comparisons with a random peer
@@ -33,14 +36,16 @@ type loopState struct {
 	publish   bool // a link went up or down
 	lazy      bool // something less urgent changed
 	published time.Time
-	settled   time.Time // until when damping has been looked at
-	changes   uint64    // of the topology, when routes were computed last
+	burst     time.Duration // how long to wait after published
+	settled   time.Time     // until when damping has been looked at
+	changes   uint64        // of the topology, when routes were computed last
 	computed  time.Time
 	pause     time.Duration
 	reached   time.Time
 	knew      time.Time
 	knewAt    uint64 // changes of the topology then
 	checked   time.Time
+	dialled   time.Time
 	synced    time.Time
 	hint      bool // others should compare with us
 	hinted    time.Time
@@ -102,8 +107,8 @@ func (n *Node) onLink(ev router.LinkEvent, now time.Time) {
 			n.members.introduce(name)
 			n.members.join(name)
 		}
-		if !known {
-			n.state.again[name] = now // both ends ask at once
+		if _, reached := n.routes.NextHop(name); !known && !reached {
+			n.state.again[name] = now // it may be the first of a whole other part of the mesh
 		}
 	case router.LinkChanged:
 		n.mu.Lock()
@@ -136,17 +141,22 @@ func (n *Node) onLink(ev router.LinkEvent, now time.Time) {
 	}
 }
 
-// publish says what our links are, soon after one went up or down, and otherwise once a second at most.
-// In a large mesh it waits longer, since everybody's word reaches everybody.
+// publish says what our links are, at once after one went up or down, and otherwise once a second at most.
+// While many change it waits longer each time, and all the more in a large mesh, since everybody's word
+// reaches everybody.
 func (n *Node) publish(now time.Time) {
 	s := &n.state
-	pause := publishPause + time.Duration(len(n.routes.Load().Reachable()))*time.Millisecond/2
+	most := publishMost + time.Duration(len(n.routes.Load().Reachable()))*time.Millisecond/2
+	if now.Sub(s.published) >= publishQuiet {
+		s.burst = 0
+	}
 	n.mu.Lock()
 	if s.publish || s.lazy && now.Sub(s.published) >= publishLazy || n.book.settles(s.settled, now) {
-		if now.Sub(s.published) < pause {
+		if now.Sub(s.published) < s.burst {
 			n.mu.Unlock()
 			return
 		}
+		s.burst = min(max(2*s.burst, publishPause), most)
 		s.publish, s.lazy, s.published, s.settled = false, false, now, now
 	} else {
 		n.mu.Unlock()
@@ -297,6 +307,10 @@ func (n *Node) dial(ctx context.Context, now time.Time, lookups *sync.WaitGroup)
 		n.dialer.know(all, now)
 		n.mu.Unlock()
 	}
+	if now.Sub(s.dialled) < dialPause {
+		return
+	}
+	s.dialled = now
 	n.mu.Lock()
 	if n.conflict != "" {
 		n.mu.Unlock()

@@ -214,7 +214,7 @@ func FullMesh(peers []*Peer) error {
 }
 
 func items(p *Peer) []mesh.Item {
-	out := p.Node.Topology().Items()
+	out := slices.Clone(p.Node.Topology().Items())
 	slices.SortFunc(out, func(a, b mesh.Item) int {
 		switch {
 		case a.Key < b.Key:
