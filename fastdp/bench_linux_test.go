@@ -6,9 +6,10 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"os/exec"
 	"slices"
 	"strconv"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -22,8 +23,8 @@ import (
 func BenchmarkPrograms(b *testing.B) {
 	k := newBench(b)
 	k.ready()
-	udp := ip4("10.32.0.1", "10.32.0.3", 17, udp(9, 9, make([]byte, 22)...)...)
-	tcp := ip4("10.32.0.1", "10.32.0.3", 6, make([]byte, 20)...)
+	udp := ip4("10.32.0.1", "10.32.0.3", 17, udp(9, 9, make([]byte, 64)...)...)
+	tcp := ip4("10.32.0.1", "10.32.0.3", 6, make([]byte, 84)...)
 	p7 := netip.MustParseAddr("192.0.2.7")
 	k.put(k.Peers, uint32(9), peerValue(Peer{ID: 9, Addr: p7}, p7, true, true))
 	for _, c := range []struct {
@@ -112,12 +113,9 @@ func TestScale(t *testing.T) {
 // BenchmarkCompare measures the kernel path beside a Linux bridge with a vxlan port and static FDB, in
 // alternating rounds, and reports ratios of medians: of throughput and datagrams (more is better) and of
 // round-trip time (less is). FASTDP_ROUNDS: default 3. The underlay passes superframes whole, or with
-// FASTDP_WIRE=1 cut to its MTU. It needs iperf3 and wants a quiet machine.
+// FASTDP_WIRE=1 cut to its MTU. It wants a quiet machine.
 func BenchmarkCompare(b *testing.B) {
 	needRoot(b)
-	if _, err := exec.LookPath("iperf3"); err != nil {
-		b.Skip("no iperf3")
-	}
 	rounds, _ := strconv.Atoi(os.Getenv("FASTDP_ROUNDS"))
 	if rounds == 0 {
 		rounds = 3
@@ -148,8 +146,8 @@ func BenchmarkCompare(b *testing.B) {
 	for range rounds {
 		for _, c := range all {
 			l := c.a.host.lab
-			c.got["TCP 1"] = append(c.got["TCP 1"], l.iperf(c.a, c.b, 1))
-			c.got["TCP 4"] = append(c.got["TCP 4"], l.iperf(c.a, c.b, 4))
+			c.got["TCP 1"] = append(c.got["TCP 1"], l.tcp(c.a, c.b, 1))
+			c.got["TCP 4"] = append(c.got["TCP 4"], l.tcp(c.a, c.b, 4))
 			c.got["datagrams"] = append(c.got["datagrams"], l.blast(c.a, c.b))
 			c.got["RTT"] = append(c.got["RTT"], l.pingpong(c.a, c.b))
 		}
@@ -191,34 +189,10 @@ func (l *lab) cutToMTU() {
 
 const benchFor = 3 * time.Second
 
-// iperf is TCP throughput in Gbit/s.
-func (l *lab) iperf(from, to *labContainer, streams int) float64 {
+// tcp is TCP throughput in Gbit/s.
+func (l *lab) tcp(from, to *labContainer, streams int) float64 {
 	l.t.Helper()
-	addr := to.port.Addrs[0].Addr().String()
-	server := l.inside(to.ns, "iperf3", "-s", "-1", "-B", addr)
-	if err := server.Start(); err != nil {
-		l.t.Fatal(err)
-	}
-	defer func() { server.Process.Kill(); server.Wait() }()
-	var out []byte
-	if !eventually(5*time.Second, func() bool {
-		var err error
-		out, err = l.inside(from.ns, "iperf3", "-c", addr, "-P", strconv.Itoa(streams), "-t", strconv.Itoa(int(benchFor.Seconds())), "-J").Output()
-		return err == nil
-	}) {
-		l.t.Fatalf("iperf3: %s", out)
-	}
-	var r struct {
-		End struct {
-			Received struct {
-				Rate float64 `json:"bits_per_second"`
-			} `json:"sum_received"`
-		}
-	}
-	if err := json.Unmarshal(out, &r); err != nil {
-		l.t.Fatal(err)
-	}
-	return r.End.Received.Rate / 1e9
+	return l.measured("drain", "pour "+strconv.Itoa(streams), from, to)
 }
 
 // blast is how many thousand 64-byte datagrams per second arrive when they are sent as fast as one socket can.
@@ -247,7 +221,7 @@ func (l *lab) measured(far, near string, from, to *labContainer) float64 {
 		l.t.Fatal(err)
 	}
 	f.in.Close()
-	if far == "sink" {
+	if far != "echo" {
 		if err := f.out.Decode(&result); err != nil {
 			l.t.Fatal(err)
 		}
@@ -263,6 +237,13 @@ func benchMain(arg string) int {
 		return 2
 	}
 	out := json.NewEncoder(os.Stdout)
+	if s.To == "drain" {
+		return drain(s.Listen, out)
+	}
+	if near, n, ok := strings.Cut(s.Listen, " "); ok && near == "pour" {
+		streams, _ := strconv.Atoi(n)
+		return pour(s.To, streams, out)
+	}
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return 1
@@ -342,5 +323,81 @@ func benchMain(arg string) int {
 	}
 	slices.Sort(rtts)
 	out.Encode(float64(rtts[len(rtts)/2].Nanoseconds()) / 1000)
+	return 0
+}
+
+// pour sends on so many connections at once.
+func pour(to string, streams int, out *json.Encoder) int {
+	var conns []net.Conn
+	for range streams {
+		c, err := net.Dial("tcp", to)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		conns = append(conns, c)
+	}
+	end := time.Now().Add(benchFor)
+	done := make(chan error)
+	for _, c := range conns {
+		go func() {
+			buf := make([]byte, 128<<10)
+			for time.Now().Before(end) {
+				if _, err := c.Write(buf); err != nil {
+					done <- err
+					return
+				}
+			}
+			done <- c.Close()
+		}()
+	}
+	for range conns {
+		if err := <-done; err != nil {
+			fmt.Fprintln(os.Stderr, err)
+		}
+	}
+	out.Encode(0.0)
+	return 0
+}
+
+// drain receives until the last connection closes, and says the rate in Gbit/s.
+func drain(at string, out *json.Encoder) int {
+	l, err := net.Listen("tcp", at)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	out.Encode(struct{}{}) // ready
+	var total, open atomic.Int64
+	begun := make(chan time.Time, 1)
+	done := make(chan struct{})
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			select {
+			case begun <- time.Now():
+			default:
+			}
+			open.Add(1)
+			go func() {
+				buf := make([]byte, 256<<10)
+				for {
+					n, err := c.Read(buf)
+					total.Add(int64(n))
+					if err != nil {
+						break
+					}
+				}
+				if open.Add(-1) == 0 {
+					close(done)
+				}
+			}()
+		}
+	}()
+	<-done
+	out.Encode(float64(total.Load()) * 8 / time.Since(<-begun).Seconds() / 1e9)
 	return 0
 }

@@ -101,22 +101,23 @@ const (
 	bpfReasonDROP_DHCP          bpfReason = 19
 	bpfReasonDROP_EXTENSION     bpfReason = 20
 	bpfReasonDROP_RATE          bpfReason = 21
-	bpfReasonDROP_ISOLATED      bpfReason = 22
-	bpfReasonDROP_OUT_ADDRESSEE bpfReason = 23
-	bpfReasonDROP_OUT_ISOLATED  bpfReason = 24
-	bpfReasonDROP_VX_PLAIN      bpfReason = 25
-	bpfReasonDROP_VX_SOURCE_ID  bpfReason = 26
-	bpfReasonDROP_VX_ADDRESS    bpfReason = 27
-	bpfReasonDROP_VX_DEST_ID    bpfReason = 28
-	bpfReasonDROP_VX_HOPS       bpfReason = 29
-	bpfReasonDROP_VX_MALFORMED  bpfReason = 30
-	bpfReasonDROP_VX_MAC        bpfReason = 31
-	bpfReasonDROP_VX_GROUP      bpfReason = 32
-	bpfReasonDROP_VX_UNKNOWN    bpfReason = 33
-	bpfReasonDROP_VX_ISOLATED   bpfReason = 34
-	bpfReasonDROP_PROBE         bpfReason = 35
-	bpfReasonDROP_TUNNEL_KEY    bpfReason = 36
-	bpfReasonREASONS            bpfReason = 37
+	bpfReasonDROP_LOOPED        bpfReason = 22
+	bpfReasonDROP_ISOLATED      bpfReason = 23
+	bpfReasonDROP_OUT_ADDRESSEE bpfReason = 24
+	bpfReasonDROP_OUT_ISOLATED  bpfReason = 25
+	bpfReasonDROP_VX_PLAIN      bpfReason = 26
+	bpfReasonDROP_VX_SOURCE_ID  bpfReason = 27
+	bpfReasonDROP_VX_ADDRESS    bpfReason = 28
+	bpfReasonDROP_VX_DEST_ID    bpfReason = 29
+	bpfReasonDROP_VX_HOPS       bpfReason = 30
+	bpfReasonDROP_VX_MALFORMED  bpfReason = 31
+	bpfReasonDROP_VX_MAC        bpfReason = 32
+	bpfReasonDROP_VX_GROUP      bpfReason = 33
+	bpfReasonDROP_VX_UNKNOWN    bpfReason = 34
+	bpfReasonDROP_VX_ISOLATED   bpfReason = 35
+	bpfReasonDROP_PROBE         bpfReason = 36
+	bpfReasonDROP_TUNNEL_KEY    bpfReason = 37
+	bpfReasonREASONS            bpfReason = 38
 )
 
 type bpfUnderlayKey struct {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -109,6 +110,9 @@ func Open(cfg Config) (*Datapath, error) {
 func (d *Datapath) open() (err error) {
 	if d.obj, err = openObjects(d.cfg.PinDir, d.cfg.layout); err != nil {
 		return err
+	}
+	if d.obj.lost != nil {
+		d.log.Warn("kernel path begins anew, the state of another version could not be read", "err", d.obj.lost)
 	}
 	if d.hooks, err = openHooks(d.cfg.PinDir, d.cfg.clsact); err != nil {
 		return err

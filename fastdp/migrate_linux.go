@@ -1,7 +1,9 @@
 package fastdp
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -39,7 +41,7 @@ func (o *objects) migrate(pinDir string, version int) (found bool, err error) {
 	}
 	for _, c := range carriedOver {
 		old, err := ebpf.LoadPinnedMap(filepath.Join(layoutDir(pinDir, from), c.name), nil)
-		if os.IsNotExist(err) {
+		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {

@@ -20,6 +20,7 @@ type objects struct {
 	bpfObjects
 	dir     string // the maps' pins
 	adopted bool   // the maps were there, or were filled from those of another version
+	lost    error  // why not all of those could be read
 	reasons []string
 }
 
@@ -57,6 +58,7 @@ func openObjects(pinDir string, version int) (o *objects, err error) {
 		return nil, fmt.Errorf("embedded objects: %w", err)
 	}
 	o = &objects{dir: layoutDir(pinDir, version)}
+	loaded := o // what to close: returning an error sets o to nil
 	if o.reasons, err = reasonNames(spec); err != nil {
 		return nil, err
 	}
@@ -92,7 +94,7 @@ func openObjects(pinDir string, version int) (o *objects, err error) {
 	}
 	defer func() {
 		if err != nil {
-			o.Close()
+			loaded.Close()
 		}
 	}()
 	o.adopted = pinned[bpfMapConfig] != nil
@@ -105,9 +107,7 @@ func openObjects(pinDir string, version int) (o *objects, err error) {
 			return nil, err
 		}
 		dir = unfinished
-		if o.adopted, err = o.migrate(pinDir, version); err != nil {
-			return nil, fmt.Errorf("take over maps of another layout: %w", err)
-		}
+		o.adopted, o.lost = o.migrate(pinDir, version)
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err

@@ -308,11 +308,14 @@ func TestPortInExempt(t *testing.T) {
 	b := newBench(t)
 	b.ready()
 	b.put(b.Ports, uint32(lo), bpfPort{Flags: portExempt})
+	vm := mesh.MAC{0x02, 0, 0, 0, 0, 0x07} // an endpoint somewhere behind the bridge
+	b.put(b.Endpoints, macKey(vm), bpfEndpoint{Peer: selfID, Flags: endpointLocal | endpointAnnounced, Nets: netset{1, 0, 0, 0}})
 	for _, c := range []frameCase{
 		{"somebody unknown", ether(near, unknown, 0x0800, ip4("10.32.0.77", "10.32.0.2", 6)...), passed, "to_bridge"},
-		{"somebody announced", ether(far, host, 0x0800, ip4("10.32.0.6", "10.32.0.3", 6)...), redirected, "to_tunnel"},
-		{"somebody announced, foreign network", ether(alien, host, 0x0800, ip4("10.32.0.6", "10.99.0.1", 6)...), dropped, "drop_isolated"},
-		{"another peer's endpoint", ether(near, far, 0x0800, ip4("10.32.0.3", "10.32.0.2", 6)...), passed, "to_bridge"},
+		{"somebody announced", ether(far, vm, 0x0800, ip4("10.32.0.7", "10.32.0.3", 6)...), redirected, "to_tunnel"},
+		{"somebody announced, foreign network", ether(alien, vm, 0x0800, ip4("10.32.0.7", "10.99.0.1", 6)...), dropped, "drop_isolated"},
+		{"another peer's endpoint", ether(near, far, 0x0800, ip4("10.32.0.3", "10.32.0.2", 6)...), dropped, "drop_looped"},
+		{"a container of this host", ether(all, near, 0x0806, arp(1, near, "10.32.0.2", mesh.MAC{}, "10.32.0.1")...), dropped, "drop_looped"},
 		{"BPDU", ether(mesh.MAC{1, 0x80, 0xc2, 0, 0, 0}, unknown, 0x0026, 0x42, 0x42, 3, 0, 0), passed, "to_bridge"},
 	} {
 		if verdict, counted := b.run(b.PortIn, c.frame, skbContext{Ifindex: lo}); verdict != c.verdict || fmt.Sprint(counted) != "["+c.reason+"]" {

@@ -96,7 +96,13 @@ func (l *lab) tree(h *labHost) string {
 		out.WriteString(l.run(append([]string{"nsenter", "--net=/run/netns/" + h.ns}, args...)...))
 	}
 	in("ip", "-br", "link", "show", "type", "vxlan")
-	in("bpftool", "net", "show")
+	devices := []string{"mesh", "mesh-tap"}
+	for _, c := range h.cts {
+		devices = append(devices, c.veth)
+	}
+	for _, dev := range devices {
+		in("sh", "-c", "for d in ingress egress; do tc filter show dev "+dev+" $d | grep -o 'bpf.*handle 0x1 [a-z_]*'; done; true")
+	}
 	for _, c := range h.cts {
 		in("bridge", "-d", "link", "show", "dev", c.veth)
 		in("sh", "-c", "bridge fdb show dev "+c.veth+" | grep static | sort")

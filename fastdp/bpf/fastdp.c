@@ -86,12 +86,18 @@ inline_ struct endpoint *find_endpoint(__u64 mac)
 	return bpf_map_lookup_elem(&endpoints, &mac);
 }
 
-inline_ void stamp(__u64 *used)
+inline_ void stamp(__u64 *used, __u64 now)
+{
+	if (unlikely(now - *used > STAMP_EVERY))
+		*used = now;
+}
+
+inline_ void stamp_both(struct endpoint *to, struct peer *peer)
 {
 	__u64 now = bpf_ktime_get_coarse_ns();
 
-	if (now - *used > STAMP_EVERY)
-		*used = now;
+	stamp(&to->used, now);
+	stamp(&peer->used, now);
 }
 
 // Into the vxlan device, towards where frames for this peer go.
@@ -172,8 +178,14 @@ int port_in(struct __sk_buff *skb)
 		// Behind a foreign interface may be anybody: only a sender that other peers know of can
 		// use the kernel path.
 		struct endpoint *from = find_endpoint(src);
-		if (!from || !(from->flags & ENDPOINT_LOCAL) || skb->vlan_present)
+		if (!from || skb->vlan_present)
 			goto bridge;
+		if (!(from->flags & ENDPOINT_LOCAL) || (from->ifindex && from->ifindex != ifindex)) {
+			// A container whose guard is off may pose as another; a whole network does not.
+			if (!port->mac)
+				return drop_port(skb, DROP_LOOPED);
+			goto bridge;
+		}
 		nets = from->nets;
 		announced = from->flags & ENDPOINT_ANNOUNCED;
 	}
@@ -184,15 +196,15 @@ int port_in(struct __sk_buff *skb)
 		goto bridge;
 	if (unlikely(!share_network(nets, to->nets)))
 		return drop_port(skb, DROP_ISOLATED);
-	stamp(&to->used);
 	if (to->flags & ENDPOINT_LOCAL) {
 		if (to->flags & ENDPOINT_HOST || to->ifindex == ifindex || !to->ifindex)
 			goto bridge;
+		stamp(&to->used, bpf_ktime_get_coarse_ns());
 		return deliver(skb, to, cfg, TO_LOCAL);
 	}
 	struct peer *peer = find_peer(to->peer);
 	if (likely(peer && peer->flags & PEER_UP && announced)) {
-		stamp(&peer->used);
+		stamp_both(to, peer);
 		return into_tunnel(skb, peer, cfg->vxlan, cfg->self << 12 | to->peer, TTL_START, TO_TUNNEL);
 	}
 	return to_tap(skb, cfg);
@@ -259,8 +271,7 @@ int bridge_out(struct __sk_buff *skb)
 	struct peer *peer = find_peer(to->peer);
 	if (from && from->flags & ENDPOINT_ANNOUNCED && share_network(from->nets, to->nets) &&
 	    peer && peer->flags & PEER_UP) {
-		stamp(&to->used);
-		stamp(&peer->used);
+		stamp_both(to, peer);
 		return into_tunnel(skb, peer, cfg->vxlan, cfg->self << 12 | to->peer, TTL_START, TO_TUNNEL);
 	}
 	// On the bridge device a known address need not be flooded to all ports to find the TAP.
@@ -298,7 +309,7 @@ inline_ int relay(struct __sk_buff *skb, const struct config *cfg, const struct 
 		return drop(skb, DROP_VX_DEST_ID);
 	if (key->tunnel_ttl < TTL_LEAST)
 		return drop(skb, DROP_VX_HOPS);
-	stamp(&to->used);
+	stamp(&to->used, bpf_ktime_get_coarse_ns());
 	return into_tunnel(skb, to, skb->ifindex, key->tunnel_id, key->tunnel_ttl - TTL_RELAY, RELAYED);
 }
 

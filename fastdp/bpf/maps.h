@@ -68,7 +68,7 @@ enum {
 
 // A port: the host end of a container's veth pair, or a foreign interface on our bridge, by ifindex.
 struct port {
-	__u64 mac;            // of the interface inside, as read_mac() returns it
+	__u64 mac;            // of the interface inside, as read_mac() returns it; 0: nobody in particular
 	__u64 nets[NET_WORDS];
 	__u64 group_until;    // rate limiter: the time up to which group frames are used up, ns
 	__u32 flags;          // PORT_*
@@ -109,6 +109,7 @@ enum reason {
 	DROP_DHCP,            // answers of a DHCP server
 	DROP_EXTENSION,       // chain of IPv6 extension headers that hides what it carries (RFC 7113)
 	DROP_RATE,            // too many group frames
+	DROP_LOOPED,          // on a foreign interface, from a sender that is elsewhere: it came round a second link
 	DROP_ISOLATED,        // to an endpoint that shares no network with the port
 	DROP_OUT_ADDRESSEE,   // unicast on its way to a port, for another MAC
 	DROP_OUT_ISOLATED,    // on its way to a port, from somebody who shares no network with it

@@ -108,7 +108,9 @@ inline_ int zero6(const __u32 *a)
 #define HEADERS 74 // Ethernet, IPv6 and 20 bytes more
 inline_ void want_headers(struct __sk_buff *skb)
 {
-	if (unlikely((__u64)skb->data + HEADERS > skb->data_end))
+	__u32 here = skb->data_end - skb->data;
+
+	if (unlikely(here < HEADERS && here < skb->len))
 		bpf_skb_pull_data(skb, skb->len < HEADERS ? skb->len : HEADERS);
 }
 
