@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"meshd/container/docker"
 	"meshd/mesh"
 )
 
@@ -25,6 +26,9 @@ type Request struct {
 
 // undoTime bounds what is done after a call failed or was given up.
 const undoTime = 5 * time.Second
+
+// attachedMemory is how long it is remembered that a container was attached which ended at once.
+const attachedMemory = time.Minute
 
 // Attach makes sure that the target has an interface with the addresses asked for, beside those that it
 // has already, and returns the former in the order of the request. Asking twice gives the same. It may wait for
@@ -49,6 +53,20 @@ func (m *Manager) Attach(ctx context.Context, req Request) (Changed, error) {
 	}
 	defer unlock()
 	return m.attachLocked(ctx, t, specs, req)
+}
+
+// AttachStarted is Attach for a caller that has just started the container, by its full id. The start is heard
+// of by Run as well, and a container that was attached by that and has ended already is no error.
+func (m *Manager) AttachStarted(ctx context.Context, req Request) error {
+	_, err := m.Attach(ctx, req)
+	if errors.Is(err, errNotRunning) || errors.Is(err, docker.ErrNotFound) {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if at, ok := m.attached[req.Target]; ok && time.Since(at) < attachedMemory {
+			return nil
+		}
+	}
+	return err
 }
 
 func wanted(specs []mesh.AddrSpec) ([]mesh.AddrSpec, error) {
@@ -188,20 +206,22 @@ func (m *Manager) acquire(ctx context.Context, r *record, spec mesh.AddrSpec) (a
 	return a, nil
 }
 
-// establish makes everything outside the allocator agree with r, in this order: record, kernel, names.
+// establish makes everything outside the allocator agree with r. A container's process may run from the
+// moment when its interface is there, so all that it sees of itself comes before.
 func (m *Manager) establish(ns *os.File, r record) error {
 	if err := m.keep(r); err != nil {
 		return err
 	}
+	m.rewriteHosts(r)
 	err := m.cfg.Network.AttachPort(ns, mesh.Port{
 		Owner: r.Owner, MAC: r.MAC, Addrs: r.held(), NoMulticastRoute: r.NoMulticastRoute,
 	})
 	if err != nil {
 		return err
 	}
-	m.rewriteHosts(r)
 	m.mu.Lock()
 	delete(m.dead, r.Owner)
+	m.attached[r.Owner] = time.Now()
 	m.mu.Unlock()
 	m.announce(r)
 	return nil
@@ -232,6 +252,14 @@ func (m *Manager) takeBack(ctx context.Context, ns *os.File, old record, existed
 		errs = append(errs, m.cfg.Network.DetachPort(r.Owner))
 	} else if ns != nil {
 		errs = append(errs, m.cfg.Network.RemoveAddrs(ns, r.Owner, fresh))
+	}
+	if back := old.clone(); ns != nil && r.RewriteHosts {
+		back.RewriteHosts, back.Names = true, r.Names
+		back.Pid, back.Inode, back.Boot = r.Pid, r.Inode, r.Boot
+		if !old.RewriteHosts {
+			back.Holds, back.AddHosts = nil, nil
+		}
+		m.rewriteHosts(back)
 	}
 	for _, a := range fresh {
 		errs = append(errs, m.cfg.Allocator.Release(ctx, r.Owner, a.Addr()))

@@ -88,6 +88,10 @@ func (m *Manager) detachLocked(ctx context.Context, r record, gone []netip.Prefi
 			return err
 		}
 		m.cfg.Announcer.Withdraw(r.Owner, r.MAC)
+		if ns, err := m.reopen(r); err == nil {
+			m.rewriteHosts(left)
+			ns.Close()
+		}
 	} else {
 		ns, err := m.reopen(r)
 		if err == nil {

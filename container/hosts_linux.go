@@ -29,7 +29,11 @@ func (m *Manager) writeHosts(r record) error {
 		return err
 	}
 	var further []string
+	addrs := r.held()
 	for _, h := range r.AddHosts {
+		if len(addrs) == 0 {
+			break // it is detached, and gets its own file back
+		}
 		host, addr, err := parseAddHost(h)
 		if err != nil {
 			return err
@@ -37,7 +41,7 @@ func (m *Manager) writeHosts(r record) error {
 		further = append(further, addr.String()+"\t"+host)
 	}
 	return editFile(root, "etc/hosts", func(text string) string {
-		return editHosts(text, names, r.held(), further)
+		return editHosts(text, names, addrs, further)
 	})
 }
 

@@ -12,19 +12,22 @@ import (
 func TestEditHosts(t *testing.T) {
 	names := []string{"web.mesh.internal", "web"}
 	const rest = "127.0.0.1\tlocalhost\n10.1.1.1\tother # web\n"
-	once := editHosts(rest+"172.17.0.2\tweb.mesh.internal web\n", names, prefixes("10.32.0.1/12 10.2.1.1/24"), []string{"10.9.9.9\tfar"})
-	want := rest + "# mesh: begin\n10.32.0.1\tweb.mesh.internal web\n10.2.1.1\tweb.mesh.internal web\n10.9.9.9\tfar\n# mesh: end\n"
+	const docker = rest + "172.17.0.2\tweb.mesh.internal web\n"
+	addrs := prefixes("10.32.0.1/12 10.2.1.1/24")
+	once := editHosts(docker, names, addrs, []string{"10.9.9.9\tfar"})
+	want := rest + "# mesh: begin\n# mesh: was 172.17.0.2\tweb.mesh.internal web\n" +
+		"10.32.0.1\tweb.mesh.internal web\n10.2.1.1\tweb.mesh.internal web\n10.9.9.9\tfar\n# mesh: end\n"
 	if once != want {
 		t.Errorf("got\n%s\nwant\n%s", once, want)
 	}
-	if twice := editHosts(once, names, prefixes("10.32.0.1/12 10.2.1.1/24"), []string{"10.9.9.9\tfar"}); twice != want {
+	if twice := editHosts(once, names, addrs, []string{"10.9.9.9\tfar"}); twice != want {
 		t.Errorf("twice gives\n%s\nwant\n%s", twice, want)
 	}
-	if got := editHosts("", names, nil, nil); got != "# mesh: begin\n# mesh: end\n" {
-		t.Errorf("empty file gives %q", got)
+	if got := editHosts(once, names, nil, nil); got != docker {
+		t.Errorf("undone it is\n%s\nwant\n%s", got, docker)
 	}
-	if got := editHosts("172.17.0.2 web\n", names, nil, nil); !strings.Contains(got, "172.17.0.2 web") {
-		t.Errorf("without an address its own goes: %q", got)
+	if got := editHosts("", names, addrs[:1], nil); got != "# mesh: begin\n10.32.0.1\tweb.mesh.internal web\n# mesh: end\n" {
+		t.Errorf("empty file gives %q", got)
 	}
 }
 
@@ -48,7 +51,7 @@ func TestRewriteHosts(t *testing.T) {
 			t.Fatal(err)
 		}
 		got, _ := os.ReadFile(path)
-		want := "127.0.0.1\tlocalhost\n# mesh: begin\n10.2.1.1\tweb.mesh.internal web\n10.2.1.2\tweb.mesh.internal web\nfd00::9\tfar\n# mesh: end\n"
+		want := "127.0.0.1\tlocalhost\n# mesh: begin\n# mesh: was 172.17.0.2\tweb.mesh.internal web\n10.2.1.1\tweb.mesh.internal web\n10.2.1.2\tweb.mesh.internal web\nfd00::9\tfar\n# mesh: end\n"
 		if string(got) != want {
 			t.Errorf("got\n%s\nwant\n%s", got, want)
 		}
@@ -56,8 +59,35 @@ func TestRewriteHosts(t *testing.T) {
 	if _, err := m.Detach(t.Context(), "web", specs(t, "10.2.1.1/24")); err != nil {
 		t.Fatal(err)
 	}
-	if got, _ := os.ReadFile(path); strings.Contains(string(got), "10.2.1.1") || !strings.Contains(string(got), "10.2.1.2\tweb") {
+	if got, _ := os.ReadFile(path); strings.Contains(string(got), "10.2.1.1\t") || !strings.Contains(string(got), "10.2.1.2\tweb") {
 		t.Errorf("after detach it is\n%s", got)
+	}
+}
+
+// What fails or ends gives the container its own file back.
+func TestHostsRestored(t *testing.T) {
+	w := newWorld(t)
+	m := w.manager()
+	w.start(1, 100, "web")
+	path := filepath.Join(w.proc, "100/root/etc/hosts")
+	before, _ := os.ReadFile(path)
+	w.failing("AttachPort", errDeliver)
+	req := Request{Target: "web", Addrs: specs(t, "10.2.1.1/24"), RewriteHosts: true, AddHosts: []string{"far:fd00::9"}}
+	if _, err := m.Attach(t.Context(), req); err == nil {
+		t.Fatal("no error")
+	}
+	if after, _ := os.ReadFile(path); string(after) != string(before) {
+		t.Errorf("a failure left\n%s", after)
+	}
+	w.failing("AttachPort", nil)
+	if _, err := m.Attach(t.Context(), req); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.Detach(t.Context(), "web", req.Addrs); err != nil {
+		t.Fatal(err)
+	}
+	if after, _ := os.ReadFile(path); string(after) != string(before) {
+		t.Errorf("detach left\n%s", after)
 	}
 }
 

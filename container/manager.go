@@ -66,13 +66,14 @@ type Manager struct {
 	log  *slog.Logger
 	boot string // id of this boot: process ids of another one mean nothing
 
-	mu      sync.Mutex // guards what follows; never held during a call to a neighbour
-	records map[string]record
-	locks   map[string]*ownerLock
-	dead    map[string]time.Time // since when an owner is gone
-	tenders map[string]chan struct{}
-	running *sync.WaitGroup // of Run; nil outside
-	runCtx  context.Context
+	mu       sync.Mutex // guards what follows; never held during a call to a neighbour
+	records  map[string]record
+	locks    map[string]*ownerLock
+	dead     map[string]time.Time // since when an owner is gone
+	attached map[string]time.Time // when an owner was attached last, for attachedMemory
+	tenders  map[string]chan struct{}
+	running  *sync.WaitGroup // of Run; nil outside
+	runCtx   context.Context
 }
 
 // New reads the records and touches nothing else.
@@ -91,7 +92,7 @@ func New(cfg Config) (*Manager, error) {
 	}
 	m := &Manager{
 		cfg: cfg, log: cfg.Log, records: map[string]record{}, locks: map[string]*ownerLock{},
-		dead: map[string]time.Time{}, tenders: map[string]chan struct{}{},
+		dead: map[string]time.Time{}, attached: map[string]time.Time{}, tenders: map[string]chan struct{}{},
 	}
 	if id, err := os.ReadFile(cfg.ProcPath + "/sys/kernel/random/boot_id"); err == nil {
 		m.boot = strings.TrimSpace(string(id))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -175,6 +176,9 @@ func (m *Manager) lookUnknown(ctx context.Context, id string) error {
 // Recheck compares the records with the ports in the kernel and sees to those that differ. The watcher
 // of the bridge may call it when ports vanish; it does not block.
 func (m *Manager) Recheck() {
+	m.mu.Lock()
+	maps.DeleteFunc(m.attached, func(_ string, at time.Time) bool { return time.Since(at) > attachedMemory })
+	m.mu.Unlock()
 	ports, err := m.cfg.Network.Ports()
 	if err != nil {
 		m.log.Warn("cannot list ports", "err", err)

@@ -70,11 +70,10 @@ func (a attachments) List(ctx context.Context, containers []string) ([]control.A
 type containers struct{ *container.Manager }
 
 func (c containers) Attach(ctx context.Context, r proxy.Request) error {
-	_, err := c.Manager.Attach(ctx, container.Request{
+	return c.Manager.AttachStarted(ctx, container.Request{
 		Target: r.Container, Addrs: r.Addrs, WithoutDNS: r.WithoutDNS, RewriteHosts: r.RewriteHosts,
 		AddHosts: r.AddHosts, NoMulticastRoute: r.NoMulticastRoute,
 	})
-	return err
 }
 
 func (c containers) Interface(id string) (mesh.MAC, []netip.Prefix, bool) {
