@@ -28,9 +28,9 @@ type Interfaces struct {
 	access  func(name string) Access
 
 	known atomic.Pointer[map[int]hostInterface]
-	next  atomic.Int64 // nanoseconds of the monotonic clock: no earlier look at the interfaces than this
-	start time.Time
-	look  sync.Mutex // one look at a time
+
+	look   sync.Mutex // one look at a time; guards looked
+	looked time.Time
 }
 
 type hostInterface struct {
@@ -46,7 +46,7 @@ const lookEvery = 250 * time.Millisecond
 // isolated, which may be nil, tells of a bridge whose containers have no business outside: they get names
 // of the mesh only (CVE-2024-29018 is what happens otherwise).
 func NewInterfaces(bridges []string, isolated func(bridge string) bool) *Interfaces {
-	i := &Interfaces{bridges: bridges, start: time.Now()}
+	i := &Interfaces{bridges: bridges}
 	i.access = func(name string) Access {
 		switch {
 		case !i.serves(name):
@@ -76,7 +76,8 @@ func (i *Interfaces) serves(name string) bool {
 func (i *Interfaces) Access(src netip.Addr, index int) Access {
 	src = src.Unmap()
 	a, sure := i.judge(src, index)
-	if !sure && i.refresh() {
+	if !sure {
+		i.refresh()
 		a, _ = i.judge(src, index)
 	}
 	return a
@@ -131,20 +132,19 @@ func (h *hostInterface) owns(src netip.Addr) bool {
 	return false
 }
 
-// refresh reads the interfaces again unless that was done a moment ago.
-func (i *Interfaces) refresh() bool {
-	now := int64(time.Since(i.start))
-	next := i.next.Load()
-	if now < next || !i.next.CompareAndSwap(next, now+int64(lookEvery)) {
-		return false
-	}
-	return i.Refresh() == nil
-}
-
-// Refresh reads the host's interfaces.
-func (i *Interfaces) Refresh() error {
+// refresh reads the interfaces again unless that was done a moment ago. A look that is under way is
+// waited for.
+func (i *Interfaces) refresh() {
 	i.look.Lock()
 	defer i.look.Unlock()
+	if now := time.Now(); i.looked.IsZero() || now.Sub(i.looked) >= lookEvery {
+		i.looked = now
+		_ = i.refreshLocked() // what was known before still counts
+	}
+}
+
+// refreshLocked reads the host's interfaces.
+func (i *Interfaces) refreshLocked() error {
 	all, err := net.Interfaces()
 	if err != nil {
 		return err
