@@ -62,9 +62,15 @@ func (c *core) tryRepair(call *call) bool {
 		}
 		return false
 	}
-	if len(c.holds.contest) > 0 {
+	if n := len(c.holds.contest); n > 0 {
 		call.why = "asking for the addresses of what runs here"
-		return false
+		for h := range c.holds.contest {
+			if owner := c.ring.At(h.off).Owner; !c.serving || owner.IsZero() || !c.ring.Fenced(owner) && c.alive(owner.Peer) {
+				return false
+			}
+		}
+		c.reply(call, result{collisions: c.collisions(), err: fmt.Errorf("%s: %w: the owners of %d addresses are unreachable", call, ErrPending, n)})
+		return true
 	}
 	c.reply(call, result{collisions: c.collisions()})
 	return true

@@ -262,17 +262,14 @@ func (d Delta) Split(limit int) [][]byte {
 	return out
 }
 
-// hash is FNV-1a over words with a final mix: the same on every peer, not meant against forgery.
+// hash mixes words: the same on every peer, not meant against forgery.
 type hash uint64
 
 func newHash(kind byte) hash { return hash(14695981039346656037).word(uint64(kind)) }
 
 func (h hash) word(v uint64) hash {
-	for range 8 {
-		h = (h ^ hash(v&0xff)) * 1099511628211
-		v >>= 8
-	}
-	return h
+	h = (h ^ hash(v)) * 0x9e3779b97f4a7c15
+	return h ^ h>>29
 }
 
 func (h hash) id(id ID) hash {
@@ -294,7 +291,7 @@ func (r *Ring) hashToken(h hash, i int) hash {
 	return h.word(t.start).word(r.end(i)).id(r.ids[t.owner]).word(uint64(t.epoch)<<32 | uint64(t.count)).id(r.ids[t.by])
 }
 
-func hashMember(m *Member) hash {
+func hashMember(m Member) hash {
 	h := newHash('m').id(m.ID).word(uint64(m.Flags))
 	for _, f := range m.Fences {
 		h = h.id(f)
@@ -315,14 +312,21 @@ func (r *Ring) Items() []mesh.Item {
 	if r.cluster == 0 {
 		return nil
 	}
+	if r.items == nil || r.itemsGen != r.gen {
+		r.items, r.itemsGen = r.makeItems(), r.gen
+	}
+	return slices.Clone(r.items)
+}
+
+func (r *Ring) makeItems() []mesh.Item {
 	out := make([]mesh.Item, 0, len(r.tokens)+len(r.members)+1)
 	for i, t := range r.tokens {
 		if t.owner != 0 {
 			out = append(out, mesh.Item{Key: r.tokenKey(i), Version: r.hashToken(newHash('v').word(r.cluster), i).sum()})
 		}
 	}
-	for id, m := range r.members {
-		out = append(out, mesh.Item{Key: r.memberKey(id), Version: hashMember(m).word(r.cluster).sum()})
+	for _, m := range r.Members() {
+		out = append(out, mesh.Item{Key: r.memberKey(m.ID), Version: hashMember(m).word(r.cluster).sum()})
 	}
 	if r.successor != 0 {
 		out = append(out, mesh.Item{Key: r.successorKey(), Version: newHash('v').word(r.successor).sum()})
@@ -341,12 +345,11 @@ func (r *Ring) Select(keys []uint64) Delta {
 		}
 		want = func(k uint64) bool { return set[k] }
 	}
-	for id := range r.members {
-		if want(r.memberKey(id)) {
-			d.Members = append(d.Members, r.Member(id))
+	for _, m := range r.Members() {
+		if want(r.memberKey(m.ID)) {
+			d.Members = append(d.Members, m)
 		}
 	}
-	slices.SortFunc(d.Members, func(a, b Member) int { return a.ID.Compare(b.ID) })
 	for i, t := range r.tokens {
 		if t.owner != 0 && want(r.tokenKey(i)) {
 			d.Segments = append(d.Segments, r.segment(i))

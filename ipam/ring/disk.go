@@ -98,5 +98,6 @@ func Load(rng netip.Prefix, cluster, successor uint64, kv map[string][]byte) (*R
 		tokens = slices.Insert(tokens, 0, token{})
 	}
 	r.tokens = slices.CompactFunc(tokens, token.same)
+	r.gen++
 	return r, nil
 }

@@ -115,7 +115,7 @@ func (r *Ring) mergeMember(in Member) (changed bool) {
 	}
 	for _, f := range in.Fences {
 		if i, found := slices.BinarySearchFunc(m.Fences, f, ID.Compare); !found && len(m.Fences) < maxFences {
-			m.Fences = slices.Insert(m.Fences, i, f)
+			m.Fences = slices.Insert(slices.Clone(m.Fences), i, f)
 			changed = true
 		}
 	}

@@ -80,7 +80,7 @@ const (
 type Member struct {
 	ID     ID
 	Flags  Flags
-	Fences []ID // who declared it lost; sorted. Not empty: it is fenced
+	Fences []ID // who declared it lost; sorted, never changed in place. Not empty: it is fenced
 }
 
 // Fenced reports whether it was declared lost.
@@ -132,11 +132,17 @@ type Ring struct {
 	members map[ID]*Member
 
 	gen       uint64
-	digest    uint64 // of the members, at digestGen
-	digestGen uint64
 	conflicts []Conflict
 	dirty     map[uint64]struct{} // starts of tokens that came, went or changed
 	dirtyIDs  map[ID]struct{}     // members that changed
+
+	// What was computed of the rest, and at which generation.
+	digest    uint64 // of the members
+	digestGen uint64
+	sorted    []Member
+	sortedGen uint64
+	items     []mesh.Item
+	itemsGen  uint64
 }
 
 // CheckRange says why a prefix cannot be a range, or nil.
@@ -298,7 +304,7 @@ func (r *Ring) Owners(lo, hi uint64) map[ID]uint64 {
 // Member returns what is known of an ID.
 func (r *Ring) Member(id ID) Member {
 	if m := r.members[id]; m != nil {
-		return Member{m.ID, m.Flags, slices.Clone(m.Fences)}
+		return *m
 	}
 	return Member{ID: id}
 }
@@ -309,14 +315,17 @@ func (r *Ring) Fenced(id ID) bool {
 	return m != nil && m.Fenced()
 }
 
-// Members returns all members, sorted.
+// Members returns all members, sorted. The slice is shared until the next change: nobody may write to it.
 func (r *Ring) Members() []Member {
-	out := make([]Member, 0, len(r.members))
-	for _, m := range r.members {
-		out = append(out, Member{m.ID, m.Flags, slices.Clone(m.Fences)})
+	if r.sorted == nil || r.sortedGen != r.gen {
+		out := make([]Member, 0, len(r.members))
+		for _, m := range r.members {
+			out = append(out, *m)
+		}
+		slices.SortFunc(out, func(a, b Member) int { return a.ID.Compare(b.ID) })
+		r.sorted, r.sortedGen = out, r.gen
 	}
-	slices.SortFunc(out, func(a, b Member) int { return a.ID.Compare(b.ID) })
-	return out
+	return r.sorted
 }
 
 // Founding is the delta that founds a cluster: the range divided among the members at CIDR boundaries,
@@ -399,7 +408,7 @@ func (r *Ring) MembersDigest() uint64 {
 	if r.digestGen != r.gen {
 		r.digest, r.digestGen = 0, r.gen
 		for _, m := range r.members {
-			r.digest += hashMember(m).sum() // the order of the map must not matter
+			r.digest += hashMember(*m).sum() // the order of the map must not matter
 		}
 	}
 	return r.digest

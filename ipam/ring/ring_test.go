@@ -183,7 +183,7 @@ func TestMergeLaws(t *testing.T) {
 		if err := loaded.invariant(); err != nil {
 			t.Fatal(err)
 		}
-		if !slices.Equal(sortedItems(rings[0]), sortedItems(loaded)) {
+		if !slices.Equal(sortedItems(rings[0]), sortedItems(loaded)) || loaded.MembersDigest() != rings[0].MembersDigest() {
 			t.Fatalf("round %d: the ring from disk differs", round)
 		}
 	}

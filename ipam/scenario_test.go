@@ -1,0 +1,663 @@
+package ipam
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"meshd/ipam/ring"
+	"meshd/mesh"
+)
+
+// cluster is a world without faults, with n nodes that found their ring by consensus.
+func cluster(t *testing.T, seed int64, n int, rng string) *world {
+	t.Helper()
+	w := newWorld(seed, t.Logf)
+	w.rangep = netip.MustParsePrefix(rng)
+	w.subnets = []netip.Prefix{w.rangep}
+	for range n {
+		w.addNode(Init{Mode: Consensus, N: n})
+	}
+	w.run(2 * time.Second)
+	return w
+}
+
+// get allocates and waits; the zero prefix and an error if it failed.
+func (w *world) get(n *node, id string, subnet netip.Prefix, patience time.Duration) (netip.Prefix, error) {
+	var got *result
+	n.launch(&call{op: opAllocate, owner: id, addr: subnet, answer: func(r result) { got = &r }}, patience)
+	for got == nil && w.err == nil && n.up {
+		w.run(simTick)
+	}
+	if got == nil {
+		return netip.Prefix{}, fmt.Errorf("not answered: %v", w.err)
+	}
+	if got.err == nil {
+		w.acknowledged(n, id, got.prefix, subnet)
+	}
+	return got.prefix, got.err
+}
+
+func (w *world) take(n *node, id string, addr netip.Prefix, patience time.Duration) error {
+	var got *result
+	n.launch(&call{op: opClaim, owner: id, addr: addr, answer: func(r result) { got = &r }}, patience)
+	for got == nil && w.err == nil && n.up {
+		w.run(simTick)
+	}
+	if got.err == nil {
+		w.acknowledged(n, id, got.prefix, addr.Masked())
+	}
+	return got.err
+}
+
+func (w *world) removePeer(at, n *node, patience time.Duration) (int, error) {
+	w.voidHost(n, at)
+	var got *result
+	at.launch(&call{op: opRemove, peer: n.name, answer: func(r result) { got = &r }}, patience)
+	for got == nil && w.err == nil {
+		w.run(simTick)
+	}
+	return got.n, got.err
+}
+
+func (w *world) must(t *testing.T) {
+	t.Helper()
+	w.review()
+	if w.err != nil {
+		t.Fatal(w.err)
+	}
+}
+
+func TestLowestFirstAndSameAgain(t *testing.T) {
+	w := cluster(t, 1, 1, "10.32.0.0/24")
+	n := w.nodes[0]
+	for i, want := range []string{"10.32.0.1/24", "10.32.0.2/24", "10.32.0.3/24"} {
+		if p, err := w.get(n, fmt.Sprint("c", i), w.rangep, time.Minute); err != nil || p.String() != want {
+			t.Fatalf("got %v, %v, want %s", p, err, want)
+		}
+	}
+	if p, _ := w.get(n, "c1", w.rangep, time.Minute); p.String() != "10.32.0.2/24" {
+		t.Errorf("the same owner got %s, want 10.32.0.2", p)
+	}
+	half := netip.MustParsePrefix("10.32.0.128/25")
+	var second *result
+	n.launch(&call{op: opAllocate, owner: "c1", addr: half, answer: func(r result) { second = &r }}, time.Second)
+	if second == nil || second.prefix.String() != "10.32.0.129/25" {
+		t.Errorf("another subnet gave %+v, want 10.32.0.129/25", second)
+	}
+	w.free(n, n.conts["c0"])
+	if p, _ := w.get(n, "c9", w.rangep, time.Minute); p.String() != "10.32.0.1/24" {
+		t.Errorf("after a release: got %s, want 10.32.0.1", p)
+	}
+	tiny := netip.MustParsePrefix("10.32.0.64/30")
+	for i, want := range []string{"10.32.0.65/30", "10.32.0.66/30", ""} {
+		if p, err := w.get(n, fmt.Sprint("t", i), tiny, time.Minute); want == "" && !errors.Is(err, ErrFull) || want != "" && p.String() != want {
+			t.Errorf("got %v, %v, want %q", p, err, want)
+		}
+	}
+	w.must(t)
+}
+
+func TestBadInput(t *testing.T) {
+	w := cluster(t, 1, 1, "10.32.0.0/24")
+	n := w.nodes[0]
+	for _, s := range []string{"10.32.0.0/31", "10.32.0.0/32", "10.32.0.5/30", "10.33.0.0/24", "10.0.0.0/8", "fd00::/64"} {
+		if p, err := w.get(n, "c", netip.MustParsePrefix(s), time.Second); !errors.Is(err, ErrInvalid) {
+			t.Errorf("allocate in %s: got %v, %v, want ErrInvalid", s, p, err)
+		}
+	}
+	if _, err := w.get(n, "", w.rangep, time.Second); !errors.Is(err, ErrInvalid) {
+		t.Errorf("no owner: got %v, want ErrInvalid", err)
+	}
+	for _, s := range []string{"10.32.0.0/24", "10.32.0.255/24", "10.32.0.4/31", "10.32.0.4/32", "1.2.3.0/24", "1.2.3.255/24", "0.0.0.0/0"} {
+		if err := w.take(n, "c", netip.MustParsePrefix(s), time.Second); !errors.Is(err, ErrInvalid) {
+			t.Errorf("claim %s: got %v, want ErrInvalid", s, err)
+		}
+	}
+	var got *result
+	n.launch(&call{op: opClaim, owner: "c", addr: netip.MustParsePrefix("1.2.3.4/32"), answer: func(r result) { got = &r }}, time.Second)
+	if got == nil || got.err != nil {
+		t.Errorf("an address outside the range: got %+v, want it at once", got)
+	}
+}
+
+func TestClaims(t *testing.T) {
+	w := cluster(t, 3, 3, "10.32.0.0/24")
+	a, b := w.nodes[0], w.nodes[2]
+	addr := netip.MustParsePrefix("10.32.0.200/24")
+	if err := w.take(a, "one", addr, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.take(a, "one", addr, time.Minute); err != nil {
+		t.Errorf("claimed again by its owner: %v", err)
+	}
+	for _, n := range []*node{a, b} {
+		if err := w.take(n, "two", addr, time.Minute); !errors.Is(err, ErrTaken) || !strings.Contains(err.Error(), "one") {
+			t.Errorf("claimed by another on %s: got %v, want ErrTaken naming the holder", n, err)
+		}
+	}
+	a.group, b.group = 1, 2 // the owner of the low half is cut off
+	w.run(30 * time.Second)
+	err := w.take(b, "three", netip.MustParsePrefix("10.32.0.7/24"), 5*time.Second)
+	if err == nil || !strings.Contains(err.Error(), a.name.String()) {
+		t.Errorf("the owner is away: got %v, want an error that names %s", err, a.name)
+	}
+	w.must(t)
+}
+
+// TestWaitsNameTheCulprit exhausts what is reachable.
+func TestWaitsNameTheCulprit(t *testing.T) {
+	w := cluster(t, 4, 2, "10.32.0.0/28")
+	a, b := w.nodes[0], w.nodes[1]
+	for i := 0; ; i++ {
+		if _, err := w.get(a, fmt.Sprint("a", i), w.rangep, 30*time.Second); err != nil {
+			if i != 14 || !errors.Is(err, ErrFull) {
+				t.Fatalf("after %d of 14: %v, want ErrFull", i, err)
+			}
+			break
+		}
+	}
+	for id, ct := range a.conts {
+		if ct.addr.Addr().As4()[3] > 4 {
+			w.free(a, a.conts[id])
+		}
+	}
+	b.kill()
+	w.run(30 * time.Second)
+	for i := 0; i < 20; i++ {
+		if _, err := w.get(a, fmt.Sprint("x", i), w.rangep, 3*time.Second); err != nil {
+			if !strings.Contains(err.Error(), b.name.String()+" (unreachable") && !errors.Is(err, ErrFull) {
+				t.Errorf("got %v, want the unreachable peer's name", err)
+			}
+			break
+		}
+	}
+	w.must(t)
+}
+
+func TestRemovePeer(t *testing.T) {
+	w := cluster(t, 5, 4, "10.32.0.0/24")
+	a, b, c, d := w.nodes[0], w.nodes[1], w.nodes[2], w.nodes[3]
+	for i, n := range w.nodes {
+		for j := range 3 {
+			if _, err := w.get(n, fmt.Sprintf("c%d.%d", i, j), w.rangep, time.Minute); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	var res *result
+	a.launch(&call{op: opRemove, peer: b.name, answer: func(r result) { res = &r }}, time.Second)
+	if res == nil || !errors.Is(res.err, ErrAlive) {
+		t.Errorf("removing a live peer: got %+v, want ErrAlive", res)
+	}
+	for _, name := range []mesh.PeerName{a.name, {9, 9}} {
+		a.launch(&call{op: opRemove, peer: name, answer: func(r result) { res = &r }}, time.Second)
+		if res.err != nil || res.n != 0 {
+			t.Errorf("removing itself or a stranger: got %+v, want 0", res)
+		}
+	}
+	c.kill()
+	d.kill()
+	w.run(30 * time.Second)
+	owned := func(n *node) int {
+		total := 0
+		for id, count := range a.core.ring.Owners(0, 256) {
+			if id.Peer == n.name {
+				total += int(count)
+			}
+		}
+		return total
+	}
+	ofC, all := owned(c), owned(a)+owned(c)+owned(d)
+	if n, err := w.removePeer(a, d, time.Minute); !errors.Is(err, ErrPending) || !strings.Contains(err.Error(), c.name.String()) {
+		t.Errorf("while another is away: got %d, %v, want ErrPending naming %s", n, err, c.name)
+	}
+	if n, err := w.removePeer(a, c, time.Minute); err != nil || n != ofC {
+		t.Errorf("got %d, %v, want %d addresses", n, err, ofC)
+	}
+	w.run(2 * time.Second)
+	if got := owned(a); got != all {
+		t.Errorf("%s owns %d, want %d, with those of both removed", a, got, all)
+	}
+	// The ghost comes back, with three live containers.
+	d.start()
+	w.run(20 * time.Second)
+	for id, ct := range d.conts {
+		if h := d.core.holds.find(id, ct.addr.Addr()); h.state != held {
+			t.Errorf("the ghost's %s of %s: state %v, want it back", ct.addr, id, h.state)
+		}
+	}
+	w.must(t)
+}
+
+// TestRemoveOnTwoAtOnce removes a peer on both halves of a cut, and heals.
+func TestRemoveOnTwoAtOnce(t *testing.T) {
+	for seed := range int64(20) {
+		w := cluster(t, seed, 5, "10.32.0.0/24")
+		w.trace = func(string, ...any) {}
+		dead := w.nodes[4]
+		for i := range 4 {
+			w.get(dead, fmt.Sprint("d", i), w.rangep, time.Minute)
+		}
+		dead.kill()
+		for i, n := range w.nodes {
+			n.group = i % 2
+		}
+		w.run(30 * time.Second)
+		w.declareLost(w.nodes[0], dead)
+		w.declareLost(w.nodes[1], dead)
+		w.run(time.Duration(w.rng.IntN(5000)) * time.Millisecond)
+		for i := range 40 { // both halves go on
+			w.allocate(w.nodes[i%4], fmt.Sprint("x", i), w.rangep)
+		}
+		w.run(10 * time.Second)
+		w.heal()
+		dead.start()
+		w.run(40 * time.Second)
+		w.finish()
+		if w.err != nil {
+			t.Fatalf("seed %d: %v", seed, w.err)
+		}
+	}
+}
+
+func TestReset(t *testing.T) {
+	w := cluster(t, 6, 3, "10.32.0.0/24")
+	a, b := w.nodes[0], w.nodes[1]
+	for _, n := range w.nodes {
+		w.get(n, "c-"+n.String(), w.rangep, time.Minute)
+	}
+	before := a.core.ring.Owners(0, 256)[a.core.me]
+	var got *result
+	a.launch(&call{op: opLeave, answer: func(r result) { got = &r }}, time.Minute)
+	w.run(3 * time.Second)
+	if got == nil || got.err != nil || got.n != int(before) {
+		t.Fatalf("got %+v, want %d addresses given away", got, before)
+	}
+	clear(a.conts)
+	if n := b.core.ring.Owners(0, 256)[ring.ID{Peer: a.name, Life: a.core.me.Life}]; n != 0 {
+		t.Errorf("%d addresses still belong to who left", n)
+	}
+	if _, err := w.get(a, "late", w.rangep, time.Second); !errors.Is(err, ErrLeft) {
+		t.Errorf("allocated after reset: %v, want ErrLeft", err)
+	}
+	a.kill()
+	a.disk, a.known = make(map[string]map[string][]byte), nil
+	a.start()
+	w.run(3 * time.Second)
+	if _, err := w.get(a, "new", w.rangep, time.Minute); err != nil {
+		t.Errorf("after reset and launch: %v", err)
+	}
+	w.must(t)
+}
+
+// TestStateLost is I4: the state file is lost on one peer, on each in turn, on all at once.
+func TestStateLost(t *testing.T) {
+	w := cluster(t, 7, 5, "10.32.0.0/24")
+	for i := range 25 {
+		if _, err := w.get(w.nodes[i%5], fmt.Sprint("c", i), w.rangep, time.Minute); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lose := func(n *node) {
+		n.kill()
+		n.disk, n.known = make(map[string]map[string][]byte), nil
+	}
+	for _, n := range w.nodes {
+		lose(n)
+		n.start()
+		w.run(15 * time.Second)
+		w.must(t)
+		for id, ct := range n.conts {
+			if h := n.core.holds.find(id, ct.addr.Addr()); h == nil || h.state != held {
+				t.Fatalf("%s did not get %s of %s back: %+v", n, ct.addr, id, h)
+			}
+		}
+		if _, err := w.get(n, "after-"+n.String(), w.rangep, time.Minute); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, n := range w.nodes {
+		lose(n)
+	}
+	for _, n := range w.nodes {
+		n.start()
+	}
+	for i := range 25 {
+		w.allocate(w.nodes[i%5], fmt.Sprint("x", i), w.rangep)
+	}
+	w.run(40 * time.Second)
+	w.must(t)
+	for _, n := range w.nodes {
+		if bad := n.core.collisions(); len(bad) > 0 {
+			t.Errorf("%s has to renumber %v", n, bad)
+		}
+		for id, ct := range n.conts {
+			if h := n.core.holds.find(id, ct.addr.Addr()); h == nil || h.state != held {
+				t.Errorf("%s did not get %s of %s back", n, ct.addr, id)
+			}
+		}
+	}
+}
+
+// TestRestoredBackup puts an old copy of the state file back, after the peer had given space away.
+func TestRestoredBackup(t *testing.T) {
+	for seed := range int64(30) {
+		w := cluster(t, seed, 4, "10.32.0.0/24")
+		w.trace = func(string, ...any) {}
+		n := w.nodes[w.rng.IntN(4)]
+		for i := range 10 {
+			w.get(n, fmt.Sprint("a", i), w.rangep, time.Minute)
+		}
+		n.old = copyDisk(n.disk)
+		for i := range 150 { // the others need space
+			w.allocate(w.nodes[i%4], fmt.Sprint("b", i), w.rangep)
+		}
+		w.run(20 * time.Second)
+		n.kill()
+		n.disk, n.known = n.old, nil
+		w.run(30 * time.Second)
+		n.start()
+		for i := range 30 {
+			w.allocate(n, fmt.Sprint("c", i), w.rangep)
+			w.run(simTick)
+		}
+		w.run(10 * time.Second)
+		w.finish()
+		if w.err != nil {
+			t.Fatalf("seed %d: %v", seed, w.err)
+		}
+	}
+}
+
+// TestTwoClusters lets two founded clusters meet, and repairs them.
+func TestTwoClusters(t *testing.T) {
+	for seed := range int64(10) {
+		w := newWorld(seed, func(string, ...any) {})
+		w.rangep = netip.MustParsePrefix("10.32.0.0/24")
+		for i := range 6 {
+			w.addNode(Init{Mode: Consensus, N: 3}).group = i % 2
+		}
+		w.run(2 * time.Second)
+		for i := range 30 {
+			n := w.nodes[i%6]
+			var got *result
+			n.launch(&call{op: opAllocate, owner: fmt.Sprint("c", i), addr: w.rangep, answer: func(r result) { got = &r }}, time.Minute)
+			for got == nil {
+				w.run(simTick)
+			}
+			if got.err != nil {
+				t.Fatal(got.err)
+			}
+			n.conts[fmt.Sprint("c", i)] = &container{fmt.Sprint("c", i), n, got.prefix, true} // the two know nothing of each other
+		}
+		w.heal()
+		w.run(10 * time.Second)
+		for _, n := range w.nodes {
+			if s := n.core.status(); len(s.Strangers) != 3 {
+				t.Fatalf("seed %d: %s sees %d strangers, want 3", seed, n, len(s.Strangers))
+			}
+			if _, err := w.get(n, "meanwhile-"+n.String(), netip.MustParsePrefix("10.32.0.0/25"), time.Minute); err != nil {
+				t.Errorf("seed %d: %s cannot allocate beside another cluster: %v", seed, n, err)
+			}
+			w.err = nil // doubles are expected here
+			for _, ct := range n.conts {
+				ct.void = true
+			}
+		}
+		missed := w.nodes[w.rng.IntN(6)]
+		missed.kill()
+		at := w.nodes[w.rng.IntN(6)]
+		for at == missed {
+			at = w.nodes[w.rng.IntN(6)]
+		}
+		var done *result
+		at.launch(&call{op: opRepair, answer: func(r result) { done = &r }}, time.Minute)
+		w.run(60 * time.Second)
+		missed.start()
+		w.run(60 * time.Second)
+		if done == nil || done.err != nil && !errors.Is(done.err, ErrPending) {
+			t.Fatalf("seed %d: repair on %s without %s: %v %v", seed, at, missed, done, done.err)
+		}
+		first, collisions := w.nodes[0].core.ring.Cluster(), 0
+		for _, n := range w.nodes {
+			if n.core.ring.Cluster() != first {
+				t.Fatalf("seed %d: still two clusters", seed)
+			}
+			collisions += len(n.core.collisions())
+		}
+		w.review() // voids what is not held by the ring, and demands that the rest is unique
+		if w.err != nil {
+			t.Fatalf("seed %d: %v", seed, w.err)
+		}
+		if collisions == 0 {
+			t.Errorf("seed %d: two clusters full of the same addresses, and no collision", seed)
+		}
+		// Renumbered, everything is unique again.
+		for _, n := range w.nodes {
+			for _, bad := range n.core.collisions() {
+				n.conts[bad.Owner].void = true
+				if _, err := w.get(n, bad.Owner, w.rangep, time.Minute); err != nil {
+					t.Errorf("seed %d: renumber %v: %v", seed, bad, err)
+				}
+			}
+		}
+		w.finish()
+		if w.err != nil {
+			t.Fatalf("seed %d: %v", seed, w.err)
+		}
+	}
+}
+
+func TestRangeDiffers(t *testing.T) {
+	w := cluster(t, 8, 2, "10.32.0.0/24")
+	w.get(w.nodes[0], "c", w.rangep, time.Minute)
+	other := w.rangep
+	w.rangep = netip.MustParsePrefix("10.40.0.0/24")
+	odd := w.addNode(Init{Mode: Consensus, N: 3})
+	w.rangep = other
+	w.err = nil
+	w.run(3 * time.Second)
+	w.err = nil // the simulated gossip calls a refused delta a failure
+	for _, n := range w.nodes {
+		s := n.core.status()
+		want := 1
+		if n == odd {
+			want = 2
+		}
+		if len(s.Strangers) != want || !s.Strangers[0].Range.IsValid() {
+			t.Errorf("%s sees strangers %+v, want %d with another range", n, s.Strangers, want)
+		}
+	}
+}
+
+func TestFoundingModes(t *testing.T) {
+	t.Run("seed", func(t *testing.T) {
+		w := newWorld(1, t.Logf)
+		w.rangep = netip.MustParsePrefix("10.32.0.0/24")
+		init := Init{Mode: Seed, Seed: []mesh.PeerName{{1, 0, 0, 0, 0, 1}, {1, 0, 0, 0, 0, 2}}}
+		for range 3 {
+			w.addNode(init)
+		}
+		w.nodes[0].group, w.nodes[1].group = 1, 2 // no agreement is needed
+		w.nodes[2].group = 1
+		w.run(2 * time.Second)
+		for _, n := range w.nodes {
+			if _, err := w.get(n, "c-"+n.String(), w.rangep, time.Minute); err != nil {
+				t.Errorf("%s: %v", n, err)
+			}
+		}
+		w.finish()
+		w.must(t)
+	})
+	t.Run("observer", func(t *testing.T) {
+		w := newWorld(2, t.Logf)
+		w.rangep = netip.MustParsePrefix("10.32.0.0/24")
+		o := w.addNode(Init{Mode: Observer})
+		if _, err := w.get(o, "c", w.rangep, 5*time.Second); err == nil {
+			t.Error("an observer founded a ring")
+		}
+		for range 3 {
+			w.addNode(Init{Mode: Consensus, N: 3})
+		}
+		w.run(2 * time.Second)
+		if _, err := w.get(o, "c", w.rangep, time.Minute); err != nil {
+			t.Errorf("with voters in reach: %v", err)
+		}
+		if slices.Contains(o.core.ring.Owned(o.core.me), ring.Segment{}) || o.core.ring.Owners(0, 256)[o.core.me] == 256 {
+			t.Error("the observer got everything")
+		}
+		w.finish()
+		w.must(t)
+	})
+	t.Run("no quorum", func(t *testing.T) {
+		w := newWorld(3, t.Logf)
+		w.rangep = netip.MustParsePrefix("10.32.0.0/24")
+		n := w.addNode(Init{Mode: Consensus, N: 3})
+		_, err := w.get(n, "c", w.rangep, 3*time.Second)
+		if err == nil || !strings.Contains(err.Error(), "awaiting consensus (quorum: 2, known: 1)") {
+			t.Errorf("got %v", err)
+		}
+		m := w.addNode(Init{Mode: Consensus, N: 3})
+		w.run(2 * time.Second)
+		for _, n := range []*node{n, m} {
+			if _, err := w.get(n, "d-"+n.String(), w.rangep, time.Minute); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}
+
+// TestExhaustion is I5: a /28 among eight peers, 5,000 allocations and releases, nothing lost.
+func TestExhaustion(t *testing.T) {
+	w := cluster(t, 9, 8, "10.32.0.0/28")
+	w.trace = func(string, ...any) {}
+	w.loss = 0.05
+	ops := 5000
+	if testing.Short() {
+		ops = 500
+	}
+	for op := range ops {
+		n := w.nodes[w.rng.IntN(8)]
+		if ct := n.anyContainer(); ct != nil && w.rng.IntN(2) == 0 {
+			w.free(n, ct)
+		} else {
+			w.allocate(n, fmt.Sprint("c", op), w.rangep)
+		}
+		if w.rng.IntN(3) == 0 {
+			w.run(simTick)
+		}
+		w.must(t)
+	}
+	w.run(20 * time.Second)
+	for _, n := range w.nodes {
+		for _, ct := range n.sortedConts() {
+			w.free(n, ct)
+		}
+	}
+	for i := range 14 { // one peer can have them all
+		if _, err := w.get(w.nodes[i%8], fmt.Sprint("last", i), w.rangep, time.Minute); err != nil {
+			t.Fatalf("address %d of 14: %v", i+1, err)
+		}
+	}
+	if p, err := w.get(w.nodes[0], "one more", w.rangep, time.Minute); !errors.Is(err, ErrFull) {
+		t.Errorf("the 15th: got %v, %v, want ErrFull", p, err)
+	}
+	t.Log(w.counts)
+	w.must(t)
+}
+
+// storm is I2: 62 hosts grow to 102 and shrink to 62 again, by kills, with names used again.
+func storm(seed int64) *world {
+	w := newWorld(seed, func(string, ...any) {})
+	w.rangep = netip.MustParsePrefix("10.32.0.0/16")
+	w.loss = 0.02
+	w.reclaim = 30 * time.Second
+	init := Init{Mode: Consensus, N: 3}
+	launch := func(n *node) {
+		w.nextCont++
+		w.allocate(n, fmt.Sprint("c", w.nextCont), w.rangep)
+	}
+	for range 3 {
+		w.addNode(init)
+	}
+	w.run(2 * time.Second)
+	launch(w.nodes[0])
+	w.run(5 * time.Second)
+	grow := func(to int) {
+		for len(w.up()) < to && w.err == nil {
+			n := w.pick(isDown)
+			if n == nil {
+				n = w.addNode(init)
+			} else {
+				n.disk, n.known = make(map[string]map[string][]byte), nil // a new machine with an old name
+				n.start()
+			}
+			for range 3 {
+				launch(n)
+			}
+			if w.rng.IntN(4) == 0 {
+				w.run(simTick)
+			}
+		}
+	}
+	grow(62)
+	w.run(5 * time.Second)
+	grow(102)
+	w.run(10 * time.Second)
+	for len(w.up()) > 62 && w.err == nil {
+		n := w.pick(isUp)
+		n.kill()
+		clear(n.conts) // the machine is gone with them
+		if w.rng.IntN(6) == 0 {
+			grow(len(w.up()) + 1) // one of the names comes again
+		}
+		if w.rng.IntN(3) == 0 {
+			w.run(simTick)
+		}
+	}
+	w.run(70 * time.Second) // ReclaimAfter, and no command by hand
+	w.review()
+	if w.err != nil {
+		return w
+	}
+	lost := uint64(0)
+	n := w.up()[0]
+	for id, owned := range n.core.ring.Owners(0, n.core.ring.Size()) {
+		if host := w.by[id.Peer]; host == nil || !host.up || host.core.me != id {
+			lost += owned
+		}
+	}
+	if lost > 0 {
+		w.fail("%d addresses were not reclaimed; %s", lost, n.describe())
+	}
+	return w
+}
+
+func (w *world) up() (out []*node) {
+	for _, n := range w.nodes {
+		if n.up {
+			out = append(out, n)
+		}
+	}
+	return out
+}
+
+func TestScaleStorm(t *testing.T) {
+	seeds := 4
+	switch {
+	case os.Getenv("MESHD_LONG") != "":
+		seeds = 200
+	case testing.Short():
+		seeds = 1
+	}
+	if *simSeeds > 0 {
+		seeds = *simSeeds
+	}
+	runSeeds(t, seeds, storm)
+}
