@@ -1,0 +1,81 @@
+package fastdp
+
+import (
+	"errors"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// reconcile puts back what somebody removed: devices, hooks and pins.
+func (d *Datapath) reconcile() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.closed {
+		d.note(d.reconcileLocked())
+	}
+}
+
+func (d *Datapath) reconcileLocked() error {
+	var errs []error
+	errs = append(errs, d.repairPins())
+	c := d.kernel.config
+	c.Flags = configRelay
+	if d.cfg.NoRelay {
+		c.Flags = 0
+	}
+	c.GroupInterval = uint64(time.Second) / uint64(d.cfg.GroupRate)
+	c.GroupBurst = c.GroupInterval * uint64(d.cfg.GroupBurst)
+	c.Bridge, c.Tap = uint32(indexOf(d.cfg.Bridge)), uint32(indexOf(d.cfg.TAP))
+	before := c.Vxlan
+	if c.Vxlan = 0; !d.cfg.GuardOnly {
+		index, err := ensureVXLAN(d.cfg.VXLAN, d.cfg.Port, d.cfg.MTU)
+		c.Vxlan = uint32(index)
+		errs = append(errs, err)
+	} else {
+		c.Self = 0
+	}
+	if c.Vxlan != 0 {
+		_, err := d.hooks.ensure(hook{bpfProgVxIn, int(c.Vxlan)}, d.obj.VxIn)
+		errs = append(errs, err)
+	}
+	if before != 0 && before != c.Vxlan {
+		errs = append(errs, d.hooks.remove(hook{bpfProgVxIn, int(before)}))
+	}
+	moved := c.Bridge != d.kernel.config.Bridge
+	errs = append(errs, d.applyConfig(c))
+	if moved {
+		errs = append(errs, d.applyEndpoints(time.Now()))
+	}
+	for _, index := range []uint32{c.Bridge, c.Tap} {
+		if index != 0 {
+			_, err := d.hooks.ensure(hook{bpfProgBridgeOut, int(index)}, d.obj.BridgeOut)
+			errs = append(errs, err)
+		}
+	}
+	for index := range d.ports {
+		err := d.hookPort(index)
+		if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EINVAL) && indexGone(index) {
+			err = d.detachPort(index)
+		}
+		errs = append(errs, err)
+	}
+	for _, h := range d.hooks.pinned() {
+		if !d.wanted(h) {
+			errs = append(errs, d.hooks.remove(h))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (d *Datapath) wanted(h hook) bool {
+	c := d.kernel.config
+	switch h.program {
+	case bpfProgVxIn:
+		return h.ifindex == int(c.Vxlan)
+	case bpfProgBridgeOut:
+		return h.ifindex == int(c.Bridge) || h.ifindex == int(c.Tap)
+	}
+	_, ok := d.ports[h.ifindex]
+	return ok
+}
