@@ -169,6 +169,7 @@ func TestDockerRun(t *testing.T) {
 			}
 		}
 	})
+	restarted := false
 	t.Run("RestartMatrix", func(t *testing.T) {
 		w := w.in(t)
 		keeps := w.proxied(h2, "keeps", "--restart", "always")
@@ -206,9 +207,20 @@ func TestDockerRun(t *testing.T) {
 		check("docker start", 10*time.Second, "db")
 		w.try(h2.Reboot(w.ctx))
 		w.try(h2.StartDocker(w.ctx)) // before meshd: it must not wait for it
+		restarted = true
 		w.launch(h2, h1.Addr.String())
 		check("reboot", 20*time.Second, "keeps")
 	})
+	if restarted {
+		// dockerd is another one, with other sockets and a bridge of another address: what has to be
+		// restored is a host with that one and without a mesh.
+		_, err := h2.Must(w.ctx, "reset")
+		w.try(err)
+		_, err = h2.Out(w.ctx, "docker", "rm", "-f", "keeps", "db", "old")
+		w.try(err)
+		w.rebase(h2)
+		w.launch(h2)
+	}
 }
 
 // TestProxyLatency compares docker run through the proxy with docker run without it, in turns.

@@ -67,7 +67,7 @@ type world struct {
 	t   testing.TB
 	ctx context.Context
 
-	launched map[*lab.Host]bool
+	before map[*lab.Host]lab.Snapshot // hosts on which meshd was launched, as they were before
 }
 
 // newWorld builds a lab for one test. At the end hosts on which meshd was launched are reset and
@@ -84,7 +84,7 @@ func newWorld(t testing.TB, hosts int, limit time.Duration) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &world{Lab: l, t: t, ctx: ctx, launched: map[*lab.Host]bool{}}
+	w := &world{Lab: l, t: t, ctx: ctx, before: map[*lab.Host]lab.Snapshot{}}
 	t.Cleanup(func() {
 		if err := l.Close(); err != nil {
 			t.Error(err)
@@ -146,12 +146,10 @@ func (w *world) launchWith(h *lab.Host, env []string, args ...string) {
 
 func (w *world) planReset(h *lab.Host) {
 	w.t.Helper()
-	if w.launched[h] {
+	if w.before[h] != nil {
 		return
 	}
-	w.launched[h] = true
-	before, err := h.Snapshot(w.ctx)
-	w.try(err)
+	w.rebase(h)
 	w.t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 		defer cancel()
@@ -159,10 +157,18 @@ func (w *world) planReset(h *lab.Host) {
 			w.t.Errorf("%s: reset: %v %s\n%s", h.Name, err, r, h.Log())
 			return
 		}
-		if err := h.WaitSame(ctx, before); err != nil {
+		if err := h.WaitSame(ctx, w.before[h]); err != nil {
 			w.t.Errorf("after reset %v", err)
 		}
 	})
+}
+
+// rebase takes the host as it is for what a reset has to restore.
+func (w *world) rebase(h *lab.Host) {
+	w.t.Helper()
+	s, err := h.Snapshot(w.ctx)
+	w.try(err)
+	w.before[h] = s
 }
 
 // mesh launches meshd on all hosts, the first one being everybody's target, and waits for the full mesh.
