@@ -29,7 +29,7 @@ func (h *Host) EnsureBridge(want BridgeSpec) (mesh.MAC, error) {
 }
 
 func (h *Host) ensureBridge(want BridgeSpec) (mac mesh.MAC, err error) {
-	l, err := h.link(h.cfg.Bridge)
+	l, err := h.named(h.cfg.Bridge, aliasPrefix+h.cfg.Bridge)
 	if err != nil {
 		return mac, err
 	}
@@ -74,7 +74,7 @@ func (h *Host) ensureBridge(want BridgeSpec) (mac mesh.MAC, err error) {
 				return mac, fmt.Errorf("set MAC address: %w", err)
 			}
 			br.HardwareAddr = want.MAC[:]
-			if err := h.nl.LinkSetAlias(br, aliasPrefix); err != nil {
+			if err := h.nl.LinkSetAlias(br, aliasPrefix+br.Name); err != nil {
 				return mac, fmt.Errorf("set alias: %w", err)
 			}
 		}

@@ -29,7 +29,7 @@ type Config struct {
 	Log          *slog.Logger
 }
 
-// aliasPrefix marks devices of ours: "meshd:" and, for a port, its owner.
+// aliasPrefix marks devices of ours: "meshd:" and the owner of a port, or the name that the device had.
 const aliasPrefix = "meshd:"
 
 // Errors that callers tell apart.
@@ -259,6 +259,44 @@ func (h *Host) link(name string) (netlink.Link, error) {
 		return nil, fmt.Errorf("look up device %s: %w", name, err)
 	}
 	return l, nil
+}
+
+// named finds a device of ours that bears the alias, and gives it its name back if somebody has renamed it;
+// nil if there is none.
+func (h *Host) named(name, alias string) (netlink.Link, error) {
+	l, err := h.link(name)
+	if l != nil || err != nil {
+		return l, err
+	}
+	all, err := h.links()
+	if err != nil {
+		return nil, err
+	}
+	for _, l := range all {
+		if l.Attrs().Alias != alias {
+			continue
+		}
+		h.log.Warn("somebody renamed a device of ours; naming it back", "device", l.Attrs().Name, "name", name)
+		if err := h.rename(l, name); err != nil {
+			return nil, err
+		}
+		return h.link(name)
+	}
+	return nil, nil
+}
+
+// rename gives a device another name, if need be while it is down, which kernels before 6.2 insist on.
+func (h *Host) rename(l netlink.Link, name string) error {
+	err := h.nl.LinkSetName(l, name)
+	if errors.Is(err, unix.EBUSY) {
+		if err = h.nl.LinkSetDown(l); err == nil {
+			err = errors.Join(h.nl.LinkSetName(l, name), h.nl.LinkSetUp(l))
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("rename %s to %s: %w", l.Attrs().Name, name, err)
+	}
+	return nil
 }
 
 // links lists the host's devices, again if the kernel says that they changed meanwhile.

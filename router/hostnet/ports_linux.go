@@ -96,6 +96,12 @@ func (h *Host) ensurePair(ns *os.File, inside *netlink.Handle, br *netlink.Bridg
 		}
 	}
 	if old, err := inside.LinkByName(h.cfg.Inside); err == nil {
+		if l, err := h.named(name, aliasPrefix+p.Owner); l != nil || err != nil {
+			if err != nil {
+				return nil, err
+			}
+			return h.hostEnd(name, p.Owner)
+		}
 		return nil, fmt.Errorf("an interface %s, a %s, exists there already and is not this port's", h.cfg.Inside, kind(old))
 	}
 	attrs := netlink.NewLinkAttrs()

@@ -6,8 +6,8 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// Restore puts back what State.Missing tells of: it makes the bridge if somebody removed it, and puts the
-// TAP and the ports onto it again. A TAP that is gone stays so, for its queues are gone with it: their
+// Restore puts back what State.Missing tells of: it makes the bridge if somebody removed it, gives devices
+// their names back, and puts the TAP and the ports onto it again. A TAP that is gone stays so, for its queues are gone with it: their
 // reads fail, and meshd starts anew.
 func (h *Host) Restore(want BridgeSpec) error {
 	if _, err := h.EnsureBridge(want); err != nil {
@@ -15,6 +15,9 @@ func (h *Host) Restore(want BridgeSpec) error {
 	}
 	br, err := h.bridge()
 	if err != nil {
+		return err
+	}
+	if _, err := h.named(h.cfg.TAP, aliasPrefix+h.cfg.TAP); err != nil {
 		return err
 	}
 	all, err := h.links()

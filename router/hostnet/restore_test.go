@@ -29,7 +29,7 @@ func TestRestore(t *testing.T) {
 	spec := BridgeSpec{MTU: 1400, MAC: mesh.MAC{2, 0, 0, 0, 0, 1}}
 	for _, c := range []string{
 		"ip link del mesh", "ip link set mesh-tap nomaster", "ip link set " + h.HostEnd(testPort(1).Owner) + " nomaster",
-		"ip link set mesh name other", // renamed under us: a new one takes its place
+		"ip link set mesh name other", "ip link set mesh-tap name other", // renamed under us
 	} {
 		run(t, ns, c)
 		if s, err := h.State(); err != nil || len(s.Missing) == 0 {
@@ -43,8 +43,34 @@ func TestRestore(t *testing.T) {
 		if s, err := h.State(); err != nil || len(s.Missing) > 0 {
 			t.Errorf("%s: restored state is %+v, %v", c, s, err)
 		}
+		wantLinks(t, ns, "mesh", "mesh-tap", h.HostEnd(testPort(1).Owner), h.HostEnd(testPort(2).Owner))
 		eventually(t, "ping after "+c, func() bool { return pings(a, "10.2.1.2") })
 	}
+}
+
+func TestPortRenamed(t *testing.T) {
+	h, ns := newHost(t)
+	inside := newNamespace(t)
+	for range 2 {
+		if err := h.AttachPort(inside, testPort(1, "10.2.1.1/24")); err != nil {
+			t.Fatal(err)
+		}
+		wantLinks(t, ns, "mesh", h.HostEnd(testPort(1).Owner))
+		run(t, ns, "ip link set "+h.HostEnd(testPort(1).Owner)+" name other")
+	}
+	if s, err := h.State(); err != nil || len(s.Foreign) != 1 || len(s.Ports) != 0 {
+		t.Errorf("state is %+v, %v", s, err)
+	}
+	// The container may call its end as it likes.
+	if err := h.AttachPort(inside, testPort(1, "10.2.1.1/24")); err != nil {
+		t.Fatal(err)
+	}
+	run(t, inside, "ip link set ethmesh down")
+	run(t, inside, "ip link set ethmesh name mine")
+	if err := h.AttachPort(inside, testPort(1, "10.2.1.1/24")); err != nil {
+		t.Fatal(err)
+	}
+	wantLinks(t, inside, "mine")
 }
 
 func TestMain(m *testing.M) {

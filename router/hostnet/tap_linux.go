@@ -72,7 +72,7 @@ func (h *Host) openTAP(queues int) (*TAP, error) {
 		}
 	}
 	if dev.Alias == "" {
-		if err := h.nl.LinkSetAlias(dev, aliasPrefix); err != nil {
+		if err := h.nl.LinkSetAlias(dev, aliasPrefix+dev.Name); err != nil {
 			return nil, fmt.Errorf("set alias: %w", err)
 		}
 	}
