@@ -38,12 +38,13 @@ type peer struct {
 	ring     []*keys // all that may still receive, oldest first
 	link     *link
 	relay    *relayPath
-	attempt  *attempt  // handshake under way that we began
-	retry    time.Time // no new one before
-	hinted   time.Time // last handshake because of a hint
-	replaced mesh.RunID
-	pending  [][]byte // bodies that wait for a session
-	lastErr  error    // why the last link or handshake ended
+	attempt  *attempt   // handshake under way that we began
+	retry    time.Time  // no new one before
+	hinted   time.Time  // last handshake because of a hint
+	replaced mesh.RunID // the run whose place the present one took
+	second   mesh.RunID // a run that took the present one's place while it lived
+	pending  [][]byte   // bodies that wait for a session
+	lastErr  error      // why the last link or handshake ended
 	hungUp   time.Time
 	gone     time.Time // since when there has been neither key nor link
 }

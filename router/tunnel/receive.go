@@ -2,6 +2,7 @@ package tunnel
 
 import (
 	"context"
+	"crypto/hmac"
 	"encoding/binary"
 	"errors"
 	"net"
@@ -129,7 +130,7 @@ func (r *receiver) datagram(b []byte, from origin) {
 			r.t.drops.add(dropType)
 			return
 		}
-		if r.knows(from) {
+		if r.knows(from) && checkLost(*r.t.secrets.Load(), b) {
 			r.t.post(event{kind: eventLost, from: from, body: copyOf(b[:lostLen])})
 		} else {
 			r.t.drops.add(dropHint)
@@ -151,12 +152,30 @@ func copyOf(b []byte) []byte { return append(make([]byte, 0, len(b)), b...) }
 
 // lost tells the sender of a datagram that its session is not known here.
 func (r *receiver) lost(b []byte, from origin) {
-	if !r.t.losts.take(r.now) {
+	if len(b) < lostLen || !r.t.losts.take(r.now) { // no answer is longer than the question
 		return
 	}
+	r.t.sendTo(from, newLost(&(*r.t.secrets.Load())[0], b[4:8]))
+}
+
+// newLost makes the hint that the session with that index is not known. The MAC shows that the sender has the
+// password, no more: it is as good as the index is hard to guess.
+func newLost(s *secret, index []byte) []byte {
 	hint := make([]byte, 4, lostLen)
 	hint[0] = typeLost
-	r.t.sendTo(from, append(hint, b[4:8]...))
+	hint = append(hint, index...)
+	m := mac(s.mac1[:], hint)
+	return append(hint, m[:]...)
+}
+
+// checkLost reports whether a hint comes from somebody with one of our passwords.
+func checkLost(secrets []secret, b []byte) bool {
+	for i := range secrets {
+		if macEqual(mac(secrets[i].mac1[:], b[:lostLen-macLen]), b[lostLen-macLen:lostLen]) {
+			return true
+		}
+	}
+	return false
 }
 
 // sealed opens a data datagram.
@@ -226,7 +245,7 @@ func (r *receiver) clear(k *keys, b []byte, from origin) {
 		t.drops.add(dropClear)
 		return
 	}
-	if [8]byte(b[8:16]) != k.recvTag {
+	if !hmac.Equal(b[8:16], k.recvTag[:]) {
 		t.drops.add(dropForged)
 		return
 	}

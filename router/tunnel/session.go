@@ -334,7 +334,7 @@ func (t *Tunnel) judge(hello router.Hello, from origin, now time.Time) error {
 		case known.Key != hello.Key && alive:
 			return fmt.Errorf("the name %v belongs to %s, who is alive and has another key: start %s with another --name",
 				hello.Name, known.NickName, hello.NickName)
-		case known.Key == hello.Key && known.Run != hello.Run && p.replaced == hello.Run && alive:
+		case known.Key == hello.Key && known.Run != hello.Run && p.second == hello.Run && alive:
 			return fmt.Errorf("%s and %s run with the same key and name %v: a cloned disk? remove the state file on one of them",
 				known.NickName, hello.NickName, hello.Name)
 		}
@@ -362,8 +362,15 @@ func (t *Tunnel) peerOf(hello router.Hello, now time.Time) *peer {
 			t.endLink(p, errRestarted, now)
 		}
 		t.dropAllKeys(p)
-		p.replaced = 0
-		if info.hello.Key == hello.Key {
+		// A run that comes back after another took its place was never over: the other is a clone of it,
+		// which judge turns away from now on, for it came second.
+		replaced := p.replaced
+		p.replaced, p.second = 0, 0
+		switch {
+		case info.hello.Key != hello.Key:
+		case replaced == hello.Run:
+			p.second = info.hello.Run
+		default:
 			p.replaced = info.hello.Run
 		}
 		p.relay = nil

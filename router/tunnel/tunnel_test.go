@@ -330,6 +330,40 @@ func TestRestart(t *testing.T) {
 	}
 }
 
+// A cloned disk: the first run comes back to where the second took its place, and stays; the second is
+// told why it may not. It may once the first is gone.
+func TestCloneOfALivePeer(t *testing.T) {
+	bubble(t, func(t *testing.T) []*node {
+		n := newMemNet(1)
+		third := startNode(t, n, 4, "10.0.0.5:6783", nil)
+		first := startNode(t, n, 1, "10.0.0.1:6783", nil)
+		second := startNode(t, n, 1, "10.0.0.2:6783", nil)
+		keepDialling := func(x *node) bool {
+			x.tun.Dial(third.conn.addr)
+			wait(500 * time.Millisecond)
+			return linked(x, third)
+		}
+		until(t, 2*time.Second, "link of the first", func() bool { return keepDialling(first) })
+		until(t, 2*time.Second, "link of the second", func() bool { return keepDialling(second) })
+		until(t, 15*time.Second, "the first again", func() bool { return keepDialling(first) })
+		second.took(0)
+		for range 20 {
+			keepDialling(second)
+		}
+		failures := second.took(router.LinkDialFailed)
+		if len(failures) == 0 || !strings.Contains(failures[len(failures)-1].Err.Error(), "cloned disk") {
+			t.Errorf("the second hears %+v", failures)
+		}
+		if !linked(first, third) || !linked(third, first) {
+			t.Error("the first lost its link to the second")
+		}
+		first.kill()
+		wait(11 * time.Second)
+		until(t, 2*time.Second, "link of the second", func() bool { return keepDialling(second) })
+		return []*node{second, third}
+	})
+}
+
 func TestHangup(t *testing.T) {
 	bubble(t, func(t *testing.T) []*node {
 		n := newMemNet(1)

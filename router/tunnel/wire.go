@@ -32,7 +32,7 @@ const (
 const (
 	dataHeaderLen = 1 + 3 + 4 + 8
 	sealLen       = 16 // tag of either AEAD
-	lostLen       = 1 + 3 + 4
+	lostLen       = 1 + 3 + 4 + macLen
 	frameLenLen   = 2 // length before each frame
 )
 
