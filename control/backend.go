@@ -51,6 +51,20 @@ type Ring interface {
 	Repair(ctx context.Context) (string, error)
 }
 
+// Password is one of the mesh's passwords; ID does not reveal it.
+type Password struct {
+	ID    string
+	InUse bool // to dial with; exactly one is
+}
+
+// Passwords are those that peers are accepted with.
+type Passwords interface {
+	Add(password string) (id string, err error) // may take a second
+	Use(id string) error
+	Remove(id string) error
+	List() []Password
+}
+
 // NameRequest names addresses of a container, or of none (mesh.OwnerExtern).
 type NameRequest struct {
 	Container string
@@ -128,6 +142,7 @@ type Attachments interface {
 type Backends struct {
 	Reporter    Reporter
 	Peers       Peers
+	Passwords   Passwords
 	Addresses   Addresses
 	Ring        Ring
 	Names       Names

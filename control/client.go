@@ -196,6 +196,34 @@ func (c *Client) form(ctx context.Context, path string, form url.Values) error {
 	return err
 }
 
+// Passwords lists the mesh's passwords, the one in use first.
+func (c *Client) Passwords(ctx context.Context) (list []Password, err error) {
+	err = c.json(ctx, http.MethodGet, "/password", nil, nil, &list)
+	return list, err
+}
+
+// AddPassword has peers with that password accepted too, and returns its id.
+func (c *Client) AddPassword(ctx context.Context, password string) (id string, err error) {
+	body, err := json.Marshal(struct{ Password string }{password})
+	if err != nil {
+		return "", err
+	}
+	b, err := c.call(ctx, http.MethodPost, "/password", nil, bytes.NewReader(body), "application/json")
+	return strings.TrimSpace(string(b)), err
+}
+
+// UsePassword has meshd dial with a password that it accepts already.
+func (c *Client) UsePassword(ctx context.Context, id string) error {
+	_, err := c.text(ctx, http.MethodPost, "/password"+segment(id)+"/use", nil)
+	return err
+}
+
+// RemovePassword has peers with that password refused.
+func (c *Client) RemovePassword(ctx context.Context, id string) error {
+	_, err := c.text(ctx, http.MethodDelete, "/password"+segment(id), nil)
+	return err
+}
+
 // Prime waits until the address ring exists.
 func (c *Client) Prime(ctx context.Context) error {
 	_, err := c.text(ctx, http.MethodGet, "/ring", nil)

@@ -184,7 +184,7 @@ func (f *fake) List(ctx context.Context, containers []string) ([]Attached, error
 }
 
 func (f *fake) backends() Backends {
-	return Backends{Reporter: f, Peers: f, Addresses: f, Ring: f, Names: f, Attachments: f, Exposure: f}
+	return Backends{Reporter: f, Peers: f, Addresses: f, Ring: f, Names: f, Attachments: f, Exposure: f, Passwords: fakePasswords{f}}
 }
 
 var errRefused = errors.New("10.2.1.1/24 is already used by container c2")
@@ -221,4 +221,15 @@ func serve(t *testing.T, f *fake) *Client {
 		t.Fatal(err)
 	}
 	return c
+}
+
+type fakePasswords struct{ f *fake }
+
+func (p fakePasswords) Add(password string) (string, error) {
+	return "0a0b0c0d", p.f.call("password add %s", password)
+}
+func (p fakePasswords) Use(id string) error    { return p.f.call("password use %s", id) }
+func (p fakePasswords) Remove(id string) error { return p.f.call("password remove %s", id) }
+func (p fakePasswords) List() []Password {
+	return []Password{{ID: "0a0b0c0d", InUse: true}, {ID: "01020304"}}
 }

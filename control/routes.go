@@ -139,6 +139,7 @@ func (s *Server) controlHandler(profiles bool) http.Handler {
 		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	}
 	s.peerRoutes(mux)
+	s.passwordRoutes(mux)
 	s.addressRoutes(mux)
 	s.nameRoutes(mux)
 	s.attachRoutes(mux)
@@ -190,6 +191,34 @@ func (s *Server) peerRoutes(mux *http.ServeMux) {
 		}
 		return nil, s.back.Peers.Forget(targets)
 	}))
+}
+
+func (s *Server) passwordRoutes(mux *http.ServeMux) {
+	route := func(pattern string, do func(p Passwords, r *http.Request) (any, error)) {
+		mux.Handle(pattern, endpoint(func(r *http.Request) (any, error) {
+			if s.back.Passwords == nil {
+				return nil, off("encryption")
+			}
+			return do(s.back.Passwords, r)
+		}))
+	}
+	route("GET /password", func(p Passwords, _ *http.Request) (any, error) {
+		return append([]Password{}, p.List()...), nil
+	})
+	route("POST /password", func(p Passwords, r *http.Request) (any, error) {
+		var req struct{ Password string }
+		if err := decode(r, &req); err != nil {
+			return nil, err
+		}
+		id, err := p.Add(req.Password)
+		return id + "\n", err
+	})
+	route("POST /password/{id}/use", func(p Passwords, r *http.Request) (any, error) {
+		return nil, p.Use(r.PathValue("id"))
+	})
+	route("DELETE /password/{id}", func(p Passwords, r *http.Request) (any, error) {
+		return nil, p.Remove(r.PathValue("id"))
+	})
 }
 
 func (s *Server) addressRoutes(mux *http.ServeMux) {

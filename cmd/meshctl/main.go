@@ -15,7 +15,7 @@ var version = "unreleased"
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	a := &app{env: os.LookupEnv, stdout: os.Stdout, stderr: os.Stderr}
+	a := &app{env: os.LookupEnv, stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr}
 	code := a.run(ctx, os.Args[1:])
 	stop()
 	os.Exit(code)
@@ -24,6 +24,7 @@ func main() {
 // app is one run of the program: what it reads and where it writes.
 type app struct {
 	env    func(name string) (value string, ok bool)
+	stdin  io.Reader
 	stdout io.Writer
 	stderr io.Writer
 

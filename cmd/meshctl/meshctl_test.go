@@ -66,6 +66,18 @@ func (d *daemon) Repair(context.Context) (string, error) {
 	return "renumber c1: 10.32.0.1\n", d.call("repair")
 }
 
+// passwords are those of a daemon; Names has methods of the same names.
+type passwords struct{ d *daemon }
+
+func (p passwords) Add(password string) (string, error) {
+	return "0a0b0c0d", p.d.call("password add %s", password)
+}
+func (p passwords) Use(id string) error    { return p.d.call("password use %s", id) }
+func (p passwords) Remove(id string) error { return p.d.call("password remove %s", id) }
+func (p passwords) List() []control.Password {
+	return []control.Password{{ID: "0a0b0c0d", InUse: true}, {ID: "01020304"}}
+}
+
 func (d *daemon) Add(_ context.Context, r control.NameRequest) error {
 	return d.call("add %s %v %q", r.Container, r.Addrs, r.FQDN)
 }
@@ -124,7 +136,7 @@ func serve(t *testing.T, d *daemon, bare bool) string {
 	t.Helper()
 	back := control.Backends{Reporter: d}
 	if !bare {
-		back = control.Backends{Reporter: d, Peers: d, Ring: d, Names: d, Attachments: d, Exposure: d}
+		back = control.Backends{Reporter: d, Peers: d, Ring: d, Names: d, Attachments: d, Exposure: d, Passwords: passwords{d}}
 	}
 	path := filepath.Join(t.TempDir(), "meshd.sock")
 	s, err := control.Listen(control.Config{Log: slog.New(slog.NewTextHandler(t.Output(), nil)), Socket: path}, back)
@@ -147,7 +159,7 @@ func serve(t *testing.T, d *daemon, bare bool) string {
 func ctl(t *testing.T, env map[string]string, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
 	var out, errs bytes.Buffer
-	a := &app{stdout: &out, stderr: &errs, env: func(name string) (string, bool) { v, ok := env[name]; return v, ok }}
+	a := &app{stdin: strings.NewReader("from stdin\n"), stdout: &out, stderr: &errs, env: func(name string) (string, bool) { v, ok := env[name]; return v, ok }}
 	code = a.run(t.Context(), args)
 	return code, out.String(), errs.String()
 }
@@ -179,6 +191,12 @@ func TestCommands(t *testing.T) {
 		{"rmpeer ab abc", 0, "2 IPs taken over from ab\n3 IPs taken over from abc\n", "", "rmpeer ab; rmpeer abc"},
 		{"rmpeer broken abc", 1, "3 IPs taken over from abc\n", "meshctl: broken: the disk is full\n", "rmpeer abc"},
 		{"rmpeer", 1, "", "meshctl: requires at least 1 arg(s), only received 0\n" + usage, ""},
+		{"password list", 0, "* 0a0b0c0d\n  01020304\n", "", ""},
+		{"password add", 0, "0a0b0c0d\n", "", "password add from stdin"},
+		{"password add /dev/null", 1, "", "meshctl: /dev/null: the first line must hold a password of 1 to 1024 bytes\n", ""},
+		{"password use 01020304", 0, "", "", "password use 01020304"},
+		{"password remove 01020304", 0, "", "", "password remove 01020304"},
+		{"password change", 1, "", "meshctl: password list, add, use or remove\n" + usage, ""},
 		{"ipam repair", 0, "renumber c1: 10.32.0.1\n", "", "repair"},
 		{"ipam", 1, "", "meshctl: accepts 1 arg(s), received 0\n" + usage, ""},
 

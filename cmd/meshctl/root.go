@@ -198,7 +198,7 @@ func (a *app) rootCommand() *cobra.Command {
 
 	root.AddCommand(
 		a.launchCommand(), a.stopCommand(), a.resetCommand(),
-		a.connectCommand(), a.forgetCommand(), a.rmpeerCommand(), a.primeCommand(), a.ipamCommand(),
+		a.connectCommand(), a.forgetCommand(), a.rmpeerCommand(), a.primeCommand(), a.ipamCommand(), a.passwordCommand(),
 		a.attachCommand(), a.detachCommand(), a.exposeCommand(), a.hideCommand(), a.psCommand(),
 		a.dnsAddCommand(), a.dnsRemoveCommand(), a.dnsLookupCommand(), a.dnsArgsCommand(),
 		a.envCommand(), a.configCommand(), a.bridgeIPCommand(),

@@ -27,6 +27,9 @@ func (h *house) Report() control.Report {
 	if h.kernel.off != "" && !h.cfg.Overlay.NoFastDP {
 		r.Problems = append(r.Problems, "no kernel path: "+h.kernel.off)
 	}
+	if h.passwords.odd != "" {
+		r.Problems = append(r.Problems, h.passwords.odd)
+	}
 	kernel := h.kernel.status()
 	r.Router = h.routerReport(st, kernel)
 	if h.cfg.Addresses.Range.IsValid() {
@@ -100,7 +103,7 @@ func (h *house) routerReport(st gossip.Status, kernel map[mesh.PeerName]fastdp.P
 	}
 	r := &control.Router{
 		Protocol: "mesh", ProtocolMinVersion: 1, ProtocolMaxVersion: 1,
-		Encryption: u.Password != "", PeerDiscovery: !u.NoDiscovery,
+		Encryption: h.passwords.any(), PeerDiscovery: !u.NoDiscovery,
 		Name: h.self, NickName: u.NickName, Port: u.Port,
 		TerminationCount: st.Ended, Targets: st.Targets, Interface: h.tap.Name,
 		OverlayDiagnostics: map[string]string{
@@ -182,7 +185,7 @@ func (h *house) connections(st gossip.Status, sessions map[mesh.PeerName]tunnel.
 
 // describe says by which path frames for a peer go, and why by no better one.
 func (h *house) describe(line *control.Connection, route router.Route, s tunnel.Status, kernel map[mesh.PeerName]fastdp.PathStatus) {
-	line.Encrypted = h.cfg.Underlay.Password != ""
+	line.Encrypted = h.passwords.any()
 	if s.Session {
 		line.Encrypted = s.Sealed
 	}

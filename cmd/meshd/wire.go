@@ -41,13 +41,14 @@ type house struct {
 	self  mesh.PeerName
 	run   mesh.RunID
 
-	host     *hostnet.Host
-	mtu      int // bytes of the overlay's packets
-	switcher *router.Switch
-	gossip   *gossip.Node
-	tunnel   *tunnel.Tunnel
-	records  *records.Table
-	names    *dns.Server // nil with --no-dns
+	host      *hostnet.Host
+	mtu       int // bytes of the overlay's packets
+	switcher  *router.Switch
+	gossip    *gossip.Node
+	tunnel    *tunnel.Tunnel
+	passwords *passwords
+	records   *records.Table
+	names     *dns.Server // nil with --no-dns
 
 	addresses  *ipam.Allocator
 	docker     *docker.Client // nil without Docker
@@ -182,9 +183,9 @@ func (h *house) buildMesh() error {
 	if err != nil {
 		return err
 	}
-	var psks []tunnel.PSK
-	if u.Password != "" {
-		psks = append(psks, tunnel.Stretch(u.Password))
+	h.passwords = &passwords{h: h}
+	if err := h.passwords.load(u.Password); err != nil {
+		return err
 	}
 	h.switcher = router.NewSwitch(h.self, time.Now())
 	routes := &router.LiveRoutes{}
@@ -204,7 +205,7 @@ func (h *house) buildMesh() error {
 	h.tunnel, err = tunnel.New(tunnel.Config{
 		Identity: h.id,
 		Hello:    router.Hello{Name: h.self, Run: h.run, NickName: u.NickName, Port: u.Port},
-		PSKs:     psks,
+		PSKs:     h.passwords.ring,
 		Trusted:  u.TrustedSubnets,
 		Listen:   listenAddr(u),
 		MTU:      h.mtu,
@@ -277,7 +278,7 @@ func (h *house) openKernel() error {
 	o := h.cfg.Overlay
 	return h.kernel.open(fastdp.Config{
 		Bridge: o.Bridge, TAP: o.TAP, VXLAN: o.VXLAN, PinDir: h.cfg.PinDir, Port: h.cfg.Underlay.VXLANPort, MTU: h.mtu,
-		GuardOnly: h.cfg.Underlay.Password != "", NoGuard: o.NoSpoofGuard, Log: h.log.With("room", "fastdp"),
+		GuardOnly: h.passwords.any(), NoGuard: o.NoSpoofGuard, Log: h.log.With("room", "fastdp"),
 	}, o.NoFastDP)
 }
 
@@ -389,7 +390,7 @@ func firewallConfig(cfg Config) hostnet.FirewallConfig {
 
 func (h *house) openControl() error {
 	backends := control.Backends{
-		Reporter: h, Peers: targets{h}, Attachments: attachments{h.containers}, Exposure: attachments{h.containers},
+		Reporter: h, Peers: targets{h}, Passwords: h.passwords, Attachments: attachments{h.containers}, Exposure: attachments{h.containers},
 	}
 	if h.cfg.Addresses.Range.IsValid() {
 		backends.Addresses, backends.Ring = h.addresses, addressRing{h}
