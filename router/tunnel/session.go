@@ -457,7 +457,7 @@ func (t *Tunnel) onClose(ev event, now time.Time) {
 		}
 		t.dropKeys(p, ev.keys)
 		p.lastErr = err
-		if p.link != nil && len(p.ring) == 0 {
+		if p.link != nil && (len(p.ring) == 0 || !p.link.up) {
 			t.endLink(p, err, now)
 		}
 		t.publishInfo(p, nil)
