@@ -15,8 +15,10 @@ import (
 )
 
 const (
-	// Questions that may wait for upstream servers at a time. Each holds a socket or two.
-	maxForwards = 256
+	// Questions that may wait for upstream servers at a time, and those of one client among them. Each
+	// holds a socket or two.
+	maxForwards       = 256
+	forwardsPerSource = 96
 
 	// When a server has not answered for this long the next one is asked too. The order of resolv.conf
 	// counts, since the first may know names that the others do not; so they are not all asked at once.
@@ -36,7 +38,7 @@ type forwarder struct {
 	size     int           // bytes of a datagram that we tell upstream servers to send
 	filtered func(netip.Addr) bool
 	log      *slog.Logger
-	slots    chan struct{}
+	waiting  *gate
 
 	servers atomic.Pointer[[]*upstream]
 	cache   cache
@@ -56,21 +58,10 @@ type call struct {
 
 func newForwarder(timeout time.Duration, size int, filtered func(netip.Addr) bool, log *slog.Logger) *forwarder {
 	f := &forwarder{timeout: timeout, size: size, filtered: filtered, log: log,
-		slots: make(chan struct{}, maxForwards), calls: make(map[string]*call)}
+		waiting: newGate(maxForwards, forwardsPerSource), calls: make(map[string]*call)}
 	f.servers.Store(&[]*upstream{})
 	return f
 }
-
-func (f *forwarder) acquire() bool {
-	select {
-	case f.slots <- struct{}{}:
-		return true
-	default:
-		return false
-	}
-}
-
-func (f *forwarder) release() { <-f.slots }
 
 // setServers replaces the upstream servers. What is known of those that stay is kept.
 func (f *forwarder) setServers(addrs []netip.AddrPort) {

@@ -50,7 +50,7 @@ type Server struct {
 	domain  string // wire form
 	forward *forwarder
 	log     *slog.Logger
-	gate    tcpGate
+	clients *gate    // by TCP
 	count   counters // of TCP clients and of what is not a UDP loop's
 
 	forwarding sync.WaitGroup // questions of UDP clients that are being forwarded
@@ -91,7 +91,7 @@ func New(cfg Config, table Table) (*Server, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{cfg: cfg, table: table, domain: records.WireName(domain), log: cfg.Log}
+	s := &Server{cfg: cfg, table: table, domain: records.WireName(domain), log: cfg.Log, clients: newGate(tcpClients, tcpPerSource)}
 	filtered := s.isMeshAddr
 	if cfg.AllowRebind {
 		filtered = nil

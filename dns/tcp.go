@@ -20,36 +20,6 @@ const (
 	tcpPerRequest = 1000            // requests by one connection
 )
 
-// tcpGate counts connections.
-type tcpGate struct {
-	mu     sync.Mutex // guards both
-	all    int
-	source map[netip.Addr]int
-}
-
-func (g *tcpGate) enter(src netip.Addr) bool {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.all >= tcpClients || g.source[src] >= tcpPerSource {
-		return false
-	}
-	if g.source == nil {
-		g.source = make(map[netip.Addr]int)
-	}
-	g.all++
-	g.source[src]++
-	return true
-}
-
-func (g *tcpGate) leave(src netip.Addr) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.all--
-	if g.source[src]--; g.source[src] == 0 {
-		delete(g.source, src)
-	}
-}
-
 // acceptLoop ends when ln is closed, and then closes its clients' connections and waits for them.
 func (s *Server) acceptLoop(ctx context.Context, ln net.Listener) {
 	ctx, cancel := context.WithCancel(ctx)
@@ -74,23 +44,23 @@ func (s *Server) acceptLoop(ctx context.Context, ln net.Listener) {
 		}
 		src := conn.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
 		access := s.access(src, 0)
-		if access == Refuse || !s.gate.enter(src) {
+		if access == Refuse || !s.clients.enter(src) {
 			s.count.refused.Add(1)
 			conn.Close()
 			continue
 		}
 		clients.Go(func() { // ends with its connection
-			defer s.gate.leave(src)
+			defer s.clients.leave(src)
 			stop := context.AfterFunc(ctx, func() { conn.Close() })
 			defer stop()
 			defer conn.Close()
-			s.serveTCP(ctx, conn, access)
+			s.serveTCP(ctx, conn, src, access)
 		})
 	}
 }
 
 // serveTCP answers one request after another (RFC 7766) until the client leaves or is too slow.
-func (s *Server) serveTCP(ctx context.Context, conn net.Conn, access Access) {
+func (s *Server) serveTCP(ctx context.Context, conn net.Conn, src netip.Addr, access Access) {
 	w := newWorker(s, &s.count)
 	in, out := make([]byte, maxRequest), make([]byte, 0, 2+maxRequest)
 	for range tcpPerRequest {
@@ -111,12 +81,12 @@ func (s *Server) serveTCP(ctx context.Context, conn net.Conn, access Access) {
 		// The answer is built behind room for its length.
 		answer, later := w.answerNow(out[2:2], in[:n], access, maxMessage, true)
 		if later {
-			if !s.forward.acquire() {
+			if !s.forward.waiting.enter(src) {
 				s.count.overload.Add(1)
 				return
 			}
 			answer = s.forward.resolve(ctx, &w.q, maxMessage)
-			s.forward.release()
+			s.forward.waiting.leave(src)
 		}
 		if answer == nil {
 			return

@@ -165,15 +165,15 @@ func (l *udpLoop) handle(ctx context.Context, i, k int) bool {
 
 // later forwards a question on a goroutine of its own, of which there are only so many.
 func (l *udpLoop) later(ctx context.Context, msg []byte, src netip.AddrPort, oob []byte) {
-	s, conn := l.srv, l.conn
-	if !s.forward.acquire() {
+	s, conn, who := l.srv, l.conn, src.Addr().Unmap()
+	if !s.forward.waiting.enter(who) {
 		l.count.overload.Add(1)
 		return
 	}
 	s.forwarding.Add(1)
 	go func() { // ends with the question or ctx; Server.Run waits for it
 		defer s.forwarding.Done()
-		defer s.forward.release()
+		defer s.forward.waiting.leave(who)
 		var q query
 		if q.parse(msg) != ok {
 			return

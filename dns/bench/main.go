@@ -32,6 +32,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"meshd/dns"
 	"meshd/dns/records"
 	"meshd/mesh"
@@ -347,6 +349,14 @@ func latency(ctx context.Context, addr string, names, rate int, length time.Dura
 		return 0, 0, 0, err
 	}
 	defer conn.Close()
+	// Bursts of answers must not be lost here.
+	raw, err := conn.(*net.UDPConn).SyscallConn()
+	if err != nil {
+		return 0, 0, 0, err
+	}
+	if err := raw.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 8<<20) }); err != nil {
+		return 0, 0, 0, err
+	}
 	total := int(length.Seconds() * float64(rate))
 	var sent [1 << 16]atomic.Int64 // nanoseconds after start, by id
 	start := time.Now()
