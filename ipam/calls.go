@@ -29,7 +29,7 @@ type call struct {
 	peer   mesh.PeerName // remove
 	answer func(result)  // called once by the driver, outside the core's lock
 
-	why    string // it still waits for
+	why    string // it still waits for; empty: for allocation to be ready
 	number uint32 // claim: of the request under way, or 0
 	tries  int    // claim: unanswered
 	asked  uint32 // claim: number of the last request
@@ -119,7 +119,14 @@ func (c *core) cancel(call *call, cause error) {
 		return // answered already
 	}
 	c.waiting = slices.Delete(c.waiting, i, i+1)
-	c.reply(call, result{err: fmt.Errorf("%s: %w (%s)", call, cause, call.why)})
+	c.reply(call, result{err: fmt.Errorf("%s: %w (%s)", call, cause, c.whyWaiting(call))})
+}
+
+func (c *core) whyWaiting(call *call) string {
+	if call.why == "" {
+		return c.notReady()
+	}
+	return call.why
 }
 
 func (c *core) tryWaiting() {
@@ -158,7 +165,7 @@ func (c *core) attempt(call *call) (done bool) {
 		return c.tryClaim(call)
 	case opPrime:
 		if c.ring.Cluster() == 0 {
-			call.why = c.notReady()
+			call.why = ""
 			return false
 		}
 		c.reply(call, result{})
@@ -202,7 +209,7 @@ func (c *core) tryAllocate(call *call) bool {
 		}
 	}
 	if !c.ready {
-		call.why = c.notReady()
+		call.why = ""
 		return false
 	}
 	off, ok := c.lowestFree(subnet)
@@ -293,7 +300,7 @@ func (c *core) tryClaim(call *call) bool {
 		return true
 	}
 	if !c.serving || !c.liveKnown {
-		call.why = c.notReady()
+		call.why = ""
 		return false
 	}
 	if c.ours(off) {

@@ -90,7 +90,7 @@ func (c *core) status() Status {
 			s.PendingClaims = append(s.PendingClaims, call.addr.String())
 		}
 		if s.Why == "" {
-			s.Why = call.why
+			s.Why = c.whyWaiting(call)
 		}
 	}
 	size := float64(c.ring.Size())
