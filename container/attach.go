@@ -143,7 +143,7 @@ func (m *Manager) attachLocked(ctx context.Context, t target, specs []mesh.AddrS
 		return Changed{}, fmt.Errorf("%s: its network is attached already, as %s", r.label(), o.label())
 	}
 	if r.Inode, r.Boot = inode, m.boot; t.pid != 0 {
-		r.Pid = t.pid
+		r.Pid, r.HostsPath = t.pid, t.hosts
 	}
 	if err := m.establish(ns, r); err != nil {
 		undo()
@@ -213,17 +213,18 @@ func (m *Manager) establish(ns *os.File, r record) error {
 		return err
 	}
 	m.rewriteHosts(r)
+	m.announce(r)
 	err := m.cfg.Network.AttachPort(ns, mesh.Port{
 		Owner: r.Owner, MAC: r.MAC, Addrs: r.held(), NoMulticastRoute: r.NoMulticastRoute,
 	})
 	if err != nil {
+		m.cfg.Announcer.Withdraw(r.Owner, r.MAC)
 		return err
 	}
 	m.mu.Lock()
 	delete(m.dead, r.Owner)
 	m.attached[r.Owner] = time.Now()
 	m.mu.Unlock()
-	m.announce(r)
 	return nil
 }
 

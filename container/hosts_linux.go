@@ -1,6 +1,7 @@
 package container
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -40,7 +41,7 @@ func (m *Manager) writeHosts(r record) error {
 		}
 		further = append(further, addr.String()+"\t"+host)
 	}
-	return editFile(root, "etc/hosts", func(text string) string {
+	return editFile(root, "etc/hosts", r.HostsPath, func(text string) string {
 		return editHosts(text, names, addrs, further)
 	})
 }
@@ -80,9 +81,13 @@ func hostNames(root *os.File, fqdns []string) (names []string, err error) {
 	return names, nil
 }
 
-// editFile changes a file below root in place, for Docker mounts it and it cannot be replaced.
-func editFile(root *os.File, path string, edit func(string) string) error {
+// editFile changes a file below root in place, for Docker mounts it and it cannot be replaced. Where it is
+// mounted read-only it is changed at its origin, if that is indeed the same file.
+func editFile(root *os.File, path, origin string, edit func(string) string) error {
 	f, err := openInside(root, path, unix.O_RDWR)
+	if errors.Is(err, unix.EROFS) && origin != "" {
+		f, err = openOrigin(root, path, origin)
+	}
 	if err != nil {
 		return err
 	}
@@ -128,6 +133,25 @@ func openInside(root *os.File, path string, flags int) (*os.File, error) {
 	f, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", fd), flags|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open %s in %s: %w", path, root.Name(), err)
+	}
+	return f, nil
+}
+
+func openOrigin(root *os.File, path, origin string) (*os.File, error) {
+	inside, err := openInside(root, path, unix.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	defer inside.Close()
+	f, err := os.OpenFile(origin, os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	a, err := inside.Stat()
+	b, err2 := f.Stat()
+	if err := errors.Join(err, err2); err != nil || !os.SameFile(a, b) {
+		f.Close()
+		return nil, fmt.Errorf("%s in %s is read-only, and not the file %s: %w", path, root.Name(), origin, errors.Join(err, unix.EROFS))
 	}
 	return f, nil
 }

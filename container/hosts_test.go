@@ -128,7 +128,7 @@ func TestOpenInside(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		err = editFile(root, "etc/hosts", func(string) string { return "edited" })
+		err = editFile(root, "etc/hosts", "", func(string) string { return "edited" })
 		root.Close()
 		if (err == nil) != c.ok {
 			t.Errorf("%s: got %v", c.name, err)

@@ -28,9 +28,10 @@ type record struct {
 	AddHosts         []string `json:",omitempty"`
 
 	// Where the namespace was last seen.
-	Pid   int    `json:",omitempty"`
-	Inode uint64 `json:",omitempty"`
-	Boot  string `json:",omitempty"`
+	Pid       int    `json:",omitempty"`
+	HostsPath string `json:",omitempty"` // of Docker's file that is the container's /etc/hosts
+	Inode     uint64 `json:",omitempty"`
+	Boot      string `json:",omitempty"`
 }
 
 // hold is one address of a record.

@@ -24,6 +24,7 @@ type target struct {
 	path   string // of the namespace's file
 	pid    int
 	fqdn   string // the container's own, if it has a domain
+	hosts  string // where Docker keeps the container's /etc/hosts
 	docker bool
 }
 
@@ -103,7 +104,7 @@ func (m *Manager) runningTarget(c docker.Container) (target, error) {
 	}
 	return target{
 		docker: true, owner: c.ID, name: name, pid: c.State.Pid, fqdn: m.fqdn(c.Config.Hostname, c.Config.Domainname),
-		path: fmt.Sprintf("%s/%d/ns/net", m.cfg.ProcPath, c.State.Pid),
+		path: fmt.Sprintf("%s/%d/ns/net", m.cfg.ProcPath, c.State.Pid), hosts: c.HostsPath,
 	}, nil
 }
 

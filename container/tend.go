@@ -316,7 +316,7 @@ func (m *Manager) lookContainer(ctx context.Context, r record) (next time.Durati
 		return 0, err
 	}
 	defer ns.Close()
-	r.Name, r.Pid, r.Inode, r.Boot = t.name, t.pid, inode, m.boot
+	r.Name, r.Pid, r.HostsPath, r.Inode, r.Boot = t.name, t.pid, t.hosts, inode, m.boot
 	r.Names = nil
 	if t.fqdn != "" {
 		r.Names = []string{t.fqdn}
