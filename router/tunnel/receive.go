@@ -28,6 +28,7 @@ type receiver struct {
 const (
 	readBatch  = 64
 	readBuffer = 65535
+	flushAfter = 48 << 10 // bytes
 )
 
 func newReceiver(t *Tunnel) *receiver {
@@ -72,8 +73,14 @@ func (r *receiver) run(ctx context.Context) error {
 		failed = false
 		r.now = time.Now()
 		r.ns = r.t.since(r.now)
+		held := 0
 		for i := range batch[:n] {
 			r.datagrams(&batch[i])
+			// A superframe is 64 KiB at most: holding on to more would only add delay.
+			if held += batch[i].N; held >= flushAfter {
+				r.join.flush()
+				held = 0
+			}
 		}
 		r.join.flush()
 		r.reply.flush()
