@@ -99,8 +99,8 @@ func (d *Datapath) Paths() []PathStatus {
 				st.Reason = "frames must be sealed"
 			case d.kernel.config.Self == 0:
 				st.Reason = "this peer has no short id yet"
-			case d.fault != "":
-				st.Reason = d.fault
+			case len(d.faults) > 0:
+				st.Reason = d.fault()
 			}
 		}
 		all = append(all, st)
@@ -127,7 +127,7 @@ type Status struct {
 func (d *Datapath) Status() Status {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	s := Status{Hooks: "tcx", Adopted: d.obj.adopted, Settled: d.settled, Fault: d.fault,
+	s := Status{Hooks: "tcx", Adopted: d.obj.adopted, Settled: d.settled, Fault: d.fault(),
 		Endpoints: len(d.kernel.endpoints), Ports: len(d.kernel.ports), Networks: len(d.nets.number)}
 	if d.hooks.clsact {
 		s.Hooks = "clsact"

@@ -39,7 +39,8 @@ type Datapath struct {
 	closed    bool
 	opened    time.Time
 	settled   bool
-	fault     string // what reconcile could not repair
+	faults    map[string]string // what went wrong last in each thing done; entries go when it works
+	rounds    int               // of reconcile
 	self      mesh.PeerName
 	selfID    mesh.ShortID // as SetSelf said last
 	told      []Peer       // as SetPeers said last
@@ -97,6 +98,7 @@ func Open(cfg Config) (*Datapath, error) {
 		ports:     make(map[int]Port),
 		veth:      make(map[int]bool),
 		whole:     make(map[int]bool),
+		faults:    make(map[string]string),
 	}
 	if err := d.open(); err != nil {
 		d.Close()

@@ -413,7 +413,8 @@ func (l *lab) allUp(within time.Duration) {
 }
 
 // carried waits until every host with containers has sent and received n more frames by the tunnel.
-func (l *lab) carried(n uint64) {
+func (l *lab) carried(frames int) {
+	n := uint64(frames)
 	l.t.Helper()
 	for _, h := range l.hosts {
 		if len(h.cts) == 0 {

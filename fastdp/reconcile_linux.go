@@ -7,12 +7,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+const filterRounds = 3 // every so many rounds the filters of ports are looked at
+
 // reconcile puts back what somebody removed: devices, hooks and pins.
 func (d *Datapath) reconcile() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if !d.closed {
-		d.note(d.reconcileLocked())
+		d.note("repair", d.reconcileLocked())
 	}
 }
 
@@ -52,6 +54,11 @@ func (d *Datapath) reconcileLocked() error {
 			_, err := d.hooks.ensure(hook{bpfProgBridgeOut, int(index)}, d.obj.BridgeOut)
 			errs = append(errs, err)
 		}
+	}
+	// Filters cost a listing each to look at, links next to nothing. The bridge carries frames meanwhile.
+	d.rounds++
+	if d.hooks.clsact && d.rounds%filterRounds != 1 {
+		return errors.Join(errs...)
 	}
 	for index := range d.ports {
 		err := d.hookPort(index)

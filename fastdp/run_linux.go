@@ -3,6 +3,9 @@ package fastdp
 import (
 	"context"
 	"errors"
+	"maps"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -56,9 +59,10 @@ func (d *Datapath) renewProber() *prober {
 	d.closeProber()
 	p, err := openProber(bridge, vxlan)
 	if err != nil {
-		d.note(err)
+		d.note("probe", err)
 		return nil
 	}
+	d.note("probe", nil)
 	d.prober = p
 	return p
 }
@@ -94,7 +98,7 @@ func (d *Datapath) answered(now time.Time, from mesh.ShortID, nonce uint64, size
 		return
 	}
 	d.log.Info("kernel path up", "peer", s.Name, "underlay", s.to, "rtt", s.path.rtt)
-	d.note(d.applyPeers(now))
+	d.note("peers", d.applyPeers(now))
 }
 
 // tick sends the probes that are due and applies what time has changed.
@@ -117,7 +121,7 @@ func (d *Datapath) tickLocked(now time.Time) (frames [][]byte) {
 		return nil
 	}
 	if !d.settled && now.Sub(d.opened) > d.cfg.SettleAfter {
-		d.note(d.settleLocked())
+		d.note("settle", d.settleLocked())
 	}
 	if now.Sub(d.stampsAt) > usedEveryRead {
 		d.stampsAt = now
@@ -143,10 +147,10 @@ func (d *Datapath) tickLocked(now time.Time) (frames [][]byte) {
 		}
 	}
 	if changed {
-		d.note(d.setPeers(d.told, now)) // perhaps there is another way to them by now
+		d.note("peers", d.setPeers(d.told, now)) // perhaps there is another way to them by now
 	}
 	if d.announcementsDue(now) {
-		d.note(d.applyEndpoints(now))
+		d.note("endpoints", d.applyEndpoints(now))
 	}
 	return frames
 }
@@ -170,14 +174,19 @@ func (d *Datapath) readStamps() {
 	}
 }
 
-// note logs an error of the loop once until it changes, and keeps it for the status.
-func (d *Datapath) note(err error) {
-	text := ""
-	if err != nil {
-		text = err.Error()
+// note keeps an error of the loop for the status, and logs it when it is new.
+func (d *Datapath) note(doing string, err error) {
+	if err == nil {
+		delete(d.faults, doing)
+		return
 	}
-	if text != "" && text != d.fault {
-		d.log.Error("kernel path", "err", err)
+	if d.faults[doing] != err.Error() {
+		d.faults[doing] = err.Error()
+		d.log.Error("kernel path", "doing", doing, "err", err)
 	}
-	d.fault = text
+}
+
+// fault is all that is wrong, for people; empty: nothing.
+func (d *Datapath) fault() string {
+	return strings.Join(slices.Sorted(maps.Values(d.faults)), "; ")
 }

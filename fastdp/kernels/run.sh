@@ -23,7 +23,7 @@ shift $((OPTIND - 1))
 
 work=${KERNELS_DIR:-/tmp/meshd-kernels}
 mkdir -p "$work"
-for tool in qemu-system-x86_64 busybox depmod cpio ip nsenter bridge nft; do
+for tool in qemu-system-x86_64 busybox depmod cpio ip nsenter bridge nft tc; do
 	command -v "$tool" >/dev/null || { echo "missing: $tool" >&2; exit 2; }
 done
 
@@ -48,7 +48,7 @@ boot() { # package: runs the tests in its kernel
 	cp "$(command -v busybox)" "$root/fs/bin/busybox"
 	# Tools with their libraries, at the paths where they are here.
 	local tool
-	for tool in ip nsenter bridge nft; do
+	for tool in ip nsenter bridge nft tc; do
 		tool=$(readlink -f "$(command -v "$tool")")
 		cp --parents "$tool" "$root/fs/"
 		ln -sf "$tool" "$root/fs/bin/$(basename "$tool")"
@@ -65,7 +65,7 @@ boot() { # package: runs the tests in its kernel
 	cat >"$root/fs/init" <<INIT
 #!/bin/busybox sh
 /bin/busybox --install -s /bin
-export PATH=/bin:/sbin HOME=/root TMPDIR=/tmp
+export PATH=/bin:/sbin HOME=/root TMPDIR=/tmp FASTDP_SLOW=1
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev

@@ -1,0 +1,162 @@
+package fastdp
+
+import (
+	"encoding/binary"
+	"errors"
+	"net/netip"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"meshd/mesh"
+)
+
+// FuzzGuard: whatever a container sends, what port_in lets out keeps the rules, as a second and simpler
+// reading of the frame in Go sees them. Frames that no kernel would make (BPF_PROG_TEST_RUN refuses
+// them) are skipped.
+func FuzzGuard(f *testing.F) {
+	for _, frame := range [][]byte{
+		ether(near, mine, 0x0800, ip4("10.32.0.1", "10.32.0.2", 17, udp(68, 68)...)...),
+		ether(far, mine, 0x0800, ip4("10.32.0.1", "10.32.0.3", 1, 5, 0, 0, 0, 0, 0, 0, 0)...),
+		ether(all, mine, 0x0806, arp(1, mine, "10.32.0.1", mesh.MAC{}, "10.32.0.2")...),
+		ether(near, mine, 0x86dd, ip6("fd00:1::1", "ff02::1", 58, neighbour(136, "fd00:1::1", 2, mine)...)...),
+		ether(near, mine, 0x86dd, ip6("::", "ff02::16", 0, 58, 0, 5, 2, 0, 0, 1, 0, 143, 0, 0, 0, 0, 0, 0, 1)...),
+		ether(near, mine, 0x86dd, ip6(linkLocal, "ff02::1", 60, 44, 0, 0, 0, 0, 0, 0, 0, 58, 0, 0, 1, 0, 0, 0, 1, 134, 0, 0, 0, 0, 0, 0, 0)...),
+		ether(near, mine, 0x86dd, ip6(linkLocal, "fe80::1", 17, udp(547, 546)...)...),
+	} {
+		f.Add(frame)
+	}
+	b := newBench(f)
+	b.ready()
+	b.put(b.Config, uint32(0), bpfConfig{Self: selfID, Vxlan: 100, Tap: 101, Bridge: 102, GroupBurst: 1 << 62})
+	opts := skbContext{Ifindex: lo}
+	f.Fuzz(func(t *testing.T, frame []byte) {
+		if len(frame) < 14 || len(frame) > 3000 {
+			return
+		}
+		verdict, err := b.PortIn.Run(&ebpf.RunOptions{Data: frame, Context: opts})
+		if errors.Is(err, unix.EINVAL) {
+			return
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if why := breach(frame); verdict != dropped && why != "" {
+			t.Errorf("let out: %s: %x", why, frame)
+		}
+	})
+}
+
+// breach says which rule a frame from the port breaks.
+func breach(f []byte) string {
+	if mesh.MAC(f[6:12]) != mine {
+		return "source MAC"
+	}
+	if f[0] == 1 && f[1] == 0x80 && f[2] == 0xc2 && f[3] == 0 && f[4] == 0 && f[5] < 16 {
+		return "link control"
+	}
+	p := f[14:]
+	switch binary.BigEndian.Uint16(f[12:]) {
+	case 0x0800:
+		return breach4(p)
+	case 0x0806:
+		if len(p) < 28 || mesh.MAC(p[8:14]) != mine {
+			return "ARP sender"
+		}
+		if s := netip.AddrFrom4([4]byte(p[14:18])).String(); s != "10.32.0.1" && s != "0.0.0.0" {
+			return "ARP address"
+		}
+		return ""
+	case 0x86dd:
+		return breach6(p)
+	}
+	return "ethertype"
+}
+
+func breach4(p []byte) string {
+	if len(p) < 20 || p[0]>>4 != 4 {
+		return "IPv4 header"
+	}
+	if netip.AddrFrom4([4]byte(p[12:16])).String() != "10.32.0.1" {
+		return "IPv4 source"
+	}
+	l4 := int(p[0]&15) * 4
+	if binary.BigEndian.Uint16(p[6:])&0x1fff != 0 || l4 < 20 {
+		return ""
+	}
+	if p[9] == 17 && (len(p) < l4+2 || binary.BigEndian.Uint16(p[l4:]) == 67) {
+		return "DHCP"
+	}
+	if p[9] == 1 && (len(p) < l4+1 || p[l4] == 5) {
+		return "redirect"
+	}
+	return ""
+}
+
+func breach6(p []byte) string {
+	if len(p) < 40 || p[0]>>4 != 6 {
+		return "IPv6 header"
+	}
+	own := func(b []byte) bool {
+		a := netip.AddrFrom16([16]byte(b)).String()
+		return a == "fd00:1::1" || a == linkLocal
+	}
+	unspecified := netip.AddrFrom16([16]byte(p[8:24])).IsUnspecified()
+	if !unspecified && !own(p[8:24]) {
+		return "IPv6 source"
+	}
+	next, p := p[6], p[40:]
+	for {
+		switch next {
+		case 0, 43, 60:
+			if len(p) < 8 || len(p) < (int(p[1])+1)*8 {
+				return "" // nothing behind it
+			}
+			next, p = p[0], p[(int(p[1])+1)*8:]
+			continue
+		case 44:
+			if len(p) < 8 || binary.BigEndian.Uint16(p[2:])&0xfff8 != 0 {
+				return ""
+			}
+			next, p = p[0], p[8:]
+			continue
+		case 17:
+			if len(p) >= 2 && binary.BigEndian.Uint16(p) == 547 {
+				return "DHCPv6"
+			}
+		case 58:
+			return breachICMP6(p, own, unspecified)
+		}
+		return ""
+	}
+}
+
+func breachICMP6(p []byte, own func([]byte) bool, unspecified bool) string {
+	if len(p) < 1 {
+		return ""
+	}
+	switch p[0] {
+	case 134:
+		return "router advertisement"
+	case 137:
+		return "redirect"
+	case 135, 136:
+		if len(p) < 24 {
+			return "neighbour discovery cut short"
+		}
+		if (p[0] == 136 || unspecified) && !own(p[8:24]) {
+			return "neighbour target"
+		}
+		for o := p[24:]; len(o) >= 8; {
+			if (o[0] == 1 || o[0] == 2) && mesh.MAC(o[2:8]) != mine {
+				return "neighbour's MAC"
+			}
+			if o[1] == 0 || len(o) < int(o[1])*8 {
+				break
+			}
+			o = o[int(o[1])*8:]
+		}
+	}
+	return ""
+}
