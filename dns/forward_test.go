@@ -35,13 +35,20 @@ func startUpstream(t testing.TB, handle func(q *miekg.Msg, tcp bool) *miekg.Msg)
 			_ = w.WriteMsg(r)
 		}
 	}
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	var ln net.Listener
+	var pc net.PacketConn
+	for range 10 { // the port that is free by TCP may not be so by UDP
+		var err error
+		if ln, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+			t.Fatal(err)
+		}
+		if pc, err = net.ListenPacket("udp", ln.Addr().String()); err == nil {
+			break
+		}
+		ln.Close()
 	}
-	pc, err := net.ListenPacket("udp", ln.Addr().String())
-	if err != nil {
-		t.Fatal(err)
+	if pc == nil {
+		t.Fatal("no port is free")
 	}
 	u.addr = ln.Addr().(*net.TCPAddr).AddrPort()
 	for _, s := range []*miekg.Server{{Listener: ln, Handler: miekg.HandlerFunc(serve)}, {PacketConn: pc, Handler: miekg.HandlerFunc(serve)}} {
@@ -117,7 +124,11 @@ func TestFailover(t *testing.T) {
 		t.Run(what, func(t *testing.T) {
 			s := startServer(t, newTable(t), nil)
 			withUpstreams(t, s, bad, good)
+			var before int32
 			for i := range 2 * benchMisses {
+				if i == benchMisses {
+					before = bad.asked.Load()
+				}
 				start := time.Now()
 				r := ask(t, s, "udp", "example.org.", miekg.TypeA)
 				took := time.Since(start)
@@ -127,9 +138,10 @@ func TestFailover(t *testing.T) {
 				if took > 500*time.Millisecond {
 					t.Errorf("question %d took %v", i, took)
 				}
-				if i >= benchMisses && what == "silent" && took > hedgeAfter {
-					t.Errorf("question %d took %v although the first server was known to be silent", i, took)
-				}
+			}
+			// It had its chances and comes last now; only a slow machine makes us ask it again.
+			if n := bad.asked.Load() - before; n == benchMisses {
+				t.Errorf("the bad server was asked each time, %d times after it was known to be bad", n)
 			}
 		})
 	}

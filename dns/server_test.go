@@ -57,7 +57,15 @@ func startServer(t testing.TB, table Table, change func(*Config)) *Server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Open(); err != nil {
+	err = s.Open()
+	for range 10 {
+		// The port that is free by TCP may not be so by UDP.
+		if err == nil || cfg.Listen.Port() != 0 {
+			break
+		}
+		err = s.Open()
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())

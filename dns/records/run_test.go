@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -20,22 +21,34 @@ func TestRun(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		var mu sync.Mutex // guards sent
 		var sent []time.Duration
+		taken := func() []time.Duration {
+			mu.Lock()
+			defer mu.Unlock()
+			out := sent
+			sent = nil
+			return out
+		}
 		start := time.Now()
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
 		go func() {
-			done <- table.Run(ctx, 1100, func([]byte) { sent = append(sent, time.Since(start)) })
+			done <- table.Run(ctx, 1100, func([]byte) {
+				mu.Lock()
+				defer mu.Unlock()
+				sent = append(sent, time.Since(start))
+			})
 		}()
 		for i := range 100 {
 			table.Announce(endpointN(i))
 			time.Sleep(time.Millisecond)
 		}
 		synctest.Wait()
-		if len(sent) < 5 || len(sent) > 12 || sent[0] != 0 {
-			t.Errorf("100 changes in 100 ms were sent at %v", sent)
+		if at := taken(); len(at) < 5 || len(at) > 12 || at[0] != 0 {
+			t.Errorf("100 changes in 100 ms were sent at %v", at)
 		}
-		puts := store.puts
+		puts, _ := store.counts()
 		for i := range 50 {
 			h := &handmade{addr: netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}), owner: mesh.OwnerExtern, name: "x.mesh.internal.", clock: 1, writer: peerN(2)}
 			if _, err := table.Merge(peerN(2), encodeAll(h)); err != nil {
@@ -43,15 +56,19 @@ func TestRun(t *testing.T) {
 			}
 		}
 		time.Sleep(1100 * time.Millisecond)
-		if got := store.puts - puts; got != 1 || len(store.kv) != 51 {
-			t.Errorf("%d writes of %d records, want one of 51", got, len(store.kv))
+		synctest.Wait()
+		if now, n := store.counts(); now-puts != 1 || n != 51 {
+			t.Errorf("%d writes of %d records, want one of 51", now-puts, n)
 		}
-		sent = nil
+		taken()
 		time.Sleep(settleAfter)
-		if s := table.Stats(); !s.Settled || len(sent) != 1 {
-			t.Errorf("got %+v and %d deltas, want to be settled", s, len(sent))
+		synctest.Wait()
+		if s, at := table.Stats(), taken(); !s.Settled || len(at) != 1 {
+			t.Errorf("got %+v and deltas at %v, want to be settled", s, at)
 		}
+		store.mu.Lock()
 		store.fail = errors.New("disk full")
+		store.mu.Unlock()
 		h := &handmade{addr: netip.MustParseAddr("10.0.0.1"), owner: mesh.OwnerExtern, name: "y.mesh.internal.", clock: 2, writer: peerN(2)}
 		if _, err := table.Merge(peerN(2), encodeAll(h)); err != nil {
 			t.Fatal(err)
@@ -61,8 +78,9 @@ func TestRun(t *testing.T) {
 		store.fail = nil
 		store.mu.Unlock()
 		time.Sleep(1100 * time.Millisecond)
-		if len(store.kv) != 52 {
-			t.Errorf("%d records after the store recovered, want 52", len(store.kv))
+		synctest.Wait()
+		if _, n := store.counts(); n != 52 {
+			t.Errorf("%d records after the store recovered, want 52", n)
 		}
 		cancel()
 		if err := <-done; err != nil {

@@ -55,6 +55,12 @@ func (s *memStore) All(string) (map[string][]byte, error) {
 	return maps.Clone(s.kv), nil
 }
 
+func (s *memStore) counts() (puts, records int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.puts, len(s.kv)
+}
+
 func peerN(n int) mesh.PeerName { return mesh.PeerName{4: byte(n >> 8), 5: byte(n)} }
 
 func openTest(t testing.TB, n int, s Store) *Table {
