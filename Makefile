@@ -52,6 +52,8 @@ deps: need-root
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; code=$$?; \
 	  [ -z "$$made" ] || rm -f /usr/sbin/policy-rc.d; rm -f /tmp/meshd-policy-rc.d; exit $$code; fi
 
+test test-root integration test-long: export CGO_ENABLED = 0
+
 test: need-root deps
 	$(GO) version; $(GO) vet ./...
 	set -x; $(GO) test -timeout 20m $$($(GO) list ./... | grep -v '^meshd/integration')

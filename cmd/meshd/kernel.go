@@ -71,8 +71,10 @@ const (
 func (k *kernelPath) run(ctx context.Context) error {
 	dp := k.dp.Load()
 	if dp == nil {
-		<-ctx.Done()
-		return nil
+		return k.guardOnly(ctx)
+	}
+	if err := k.h.firewall.Unguard(); err != nil {
+		k.log.Warn("nftables still guards the ports, beside the kernel path", "err", err)
 	}
 	done := make(chan error, 1)
 	go func() { done <- dp.Run(ctx) }() // ends with ctx, and run waits for it
@@ -105,6 +107,36 @@ func (k *kernelPath) run(ctx context.Context) error {
 		case <-time.After(kernelGather):
 		case err := <-done:
 			return err
+		}
+	}
+}
+
+// guardOnly has nftables guard the ports where there is no kernel path to do so.
+func (k *kernelPath) guardOnly(ctx context.Context) error {
+	guard := func() error {
+		if k.h.cfg.Overlay.NoSpoofGuard {
+			return k.h.firewall.Unguard()
+		}
+		ports, err := k.h.containers.Ports()
+		if err != nil {
+			return err
+		}
+		return k.h.firewall.Guard(ports)
+	}
+	failed := ""
+	for {
+		err := guard()
+		if err != nil && err.Error() != failed {
+			k.log.Warn("containers are not kept to their own addresses", "err", err)
+		}
+		if failed = ""; err != nil {
+			failed = err.Error()
+		}
+		select {
+		case <-k.wake:
+		case <-time.After(kernelEvery):
+		case <-ctx.Done():
+			return nil
 		}
 	}
 }
@@ -155,7 +187,7 @@ func (k *kernelPath) peers(st gossip.Status) []fastdp.Peer {
 
 // ports attaches the kernel path to the host ends of our ports, and to foreign ports without a guard.
 func (k *kernelPath) ports(dp *fastdp.Datapath) error {
-	have, err := k.h.host.Ports()
+	have, err := k.h.containers.Ports()
 	if err != nil {
 		return err
 	}

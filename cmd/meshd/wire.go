@@ -75,6 +75,11 @@ func serve(ctx context.Context, cfg Config, log *slog.Logger, notify *notifier) 
 			return err
 		}
 	}
+	if err := keepCapabilities(kept); errors.Is(err, errors.ErrUnsupported) {
+		log.Warn("keeping all capabilities: this meshd was not built as a static program (CGO_ENABLED=0)")
+	} else if err != nil {
+		return err
+	}
 	return h.serve(ctx, notify)
 }
 
