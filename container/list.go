@@ -71,6 +71,23 @@ func (m *Manager) List(ctx context.Context, targets []string) ([]Attached, error
 	return out, nil
 }
 
+// Ports lists the attached ports for those who guard them: with the MAC address and the addresses that were
+// given to them, whatever the container has made of that since.
+func (m *Manager) Ports() ([]mesh.Port, error) {
+	ports, err := m.cfg.Network.Ports()
+	if err != nil {
+		return nil, err
+	}
+	var out []mesh.Port
+	for _, p := range ports {
+		if r, ok := m.record(p.Owner); ok {
+			p.MAC, p.Addrs, p.NoMulticastRoute = r.MAC, r.held(), r.NoMulticastRoute
+			out = append(out, p)
+		}
+	}
+	return out, nil
+}
+
 // Info is what is known of one target, attached or not.
 type Info struct {
 	Owner     string

@@ -698,6 +698,21 @@ func TestListAndLookup(t *testing.T) {
 	}
 }
 
+// What a container makes of its interface is not what it may send from.
+func TestPortsAreAsGiven(t *testing.T) {
+	w := newWorld(t)
+	m := w.manager()
+	web := w.start(1, 100, "web")
+	w.attach(m, "web", "10.2.1.1/24", "10.2.1.1/24")
+	want := w.ports[web].port
+	p := w.ports[web]
+	p.port.MAC, p.port.Addrs = mesh.MAC{2, 6, 6, 6}, prefixes("10.2.1.1/24 10.2.1.99/24")
+	w.ports[web] = p
+	if got, err := m.Ports(); err != nil || len(got) != 1 || !reflect.DeepEqual(got[0], want) {
+		t.Errorf("got %+v, %v, want %+v", got, err, want)
+	}
+}
+
 // Many callers and events about few containers, for the race detector.
 func TestConcurrency(t *testing.T) {
 	w := newWorld(t)

@@ -19,6 +19,8 @@ import (
 	"github.com/google/nftables"
 	netlinkconn "github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"meshd/mesh"
 )
 
 // FirewallConfig says what the firewall guards. New works on a copy.
@@ -45,10 +47,13 @@ type Firewall struct {
 
 	mu      sync.Mutex // guards what follows
 	exposed map[netip.Prefix]bool
-	logged  string // the last error
+	guarded []mesh.Port // sorted by host end
+	guard   bool        // there is to be a guard at all
+	logged  string      // the last error
 
 	apply   sync.Mutex // held while rules are written; taken before mu
 	applied []chain    // what was written last
+	bridged []chain    // the same for the guard's table
 	ipt     iptables
 	legacy  atomic.Bool // some rules are in iptables-legacy
 }
@@ -118,15 +123,77 @@ func (f *Firewall) Apply() error {
 		return err
 	}
 	want := w.ruleset()
-	if !reflect.DeepEqual(want, f.applied) || !f.intact(want) {
-		if err := f.write(want); err != nil {
+	inet := &nftables.Table{Family: nftables.TableFamilyINet, Name: f.host.cfg.Table}
+	if !reflect.DeepEqual(want, f.applied) || !f.intact(inet, want) {
+		if err := f.write(inet, want); err != nil {
 			return err
 		}
 		f.applied = want
 	}
-	err = f.ipt.apply(w)
+	errs := []error{f.applyGuard(true), f.ipt.apply(w)}
 	f.legacy.Store(f.ipt.legacy())
-	return err
+	return errors.Join(errs...)
+}
+
+// Guard makes nftables keep each of these ports to its own MAC address and addresses, which the kernel path
+// does where it runs. The ports' addresses have to be those that were given to them, for what a namespace
+// says of itself is for the container to change. Another call replaces the list; Unguard ends it.
+func (f *Firewall) Guard(ports []mesh.Port) error {
+	ports = slices.Clone(ports)
+	slices.SortFunc(ports, func(a, b mesh.Port) int { return strings.Compare(a.HostEnd, b.HostEnd) })
+	f.mu.Lock()
+	f.guarded, f.guard = ports, true
+	f.mu.Unlock()
+	f.apply.Lock()
+	defer f.apply.Unlock()
+	return f.applyGuard(false)
+}
+
+// Unguard leaves the guarding to others.
+func (f *Firewall) Unguard() error {
+	f.mu.Lock()
+	f.guarded, f.guard = nil, false
+	f.mu.Unlock()
+	f.apply.Lock()
+	defer f.apply.Unlock()
+	return f.applyGuard(false)
+}
+
+// applyGuard needs the apply lock. Whether others have changed something is looked for on demand.
+func (f *Firewall) applyGuard(look bool) error {
+	f.mu.Lock()
+	ports, guard := f.guarded, f.guard
+	f.mu.Unlock()
+	t := &nftables.Table{Family: nftables.TableFamilyBridge, Name: f.host.cfg.Table}
+	if !guard {
+		f.bridged = nil
+		return f.delete(t)
+	}
+	want := guardRules(ports)
+	if reflect.DeepEqual(want, f.bridged) && (!look || f.intact(t, want)) {
+		return nil
+	}
+	if err := f.write(t, want); err != nil {
+		return err
+	}
+	f.bridged = want
+	return nil
+}
+
+// delete removes a table if it is there.
+func (f *Firewall) delete(t *nftables.Table) error {
+	c, err := f.conn()
+	if err != nil {
+		return fmt.Errorf("nftables: %w", err)
+	}
+	if found, err := c.ListTableOfFamily(t.Name, t.Family); err != nil || found == nil {
+		return nil
+	}
+	c.DelTable(t)
+	if err := c.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("nftables: remove table %s: %w", t.Name, err)
+	}
+	return nil
 }
 
 // wish gathers what the rules depend on.
@@ -175,13 +242,12 @@ func (f *Firewall) conn() (*nftables.Conn, error) {
 	return nftables.New(nftables.WithNetNSFd(int(f.host.ns.Fd())))
 }
 
-// write replaces the whole table in one transaction, so that no packet ever meets half of it.
-func (f *Firewall) write(want []chain) error {
+// write replaces a whole table in one transaction, so that no packet ever meets half of it.
+func (f *Firewall) write(t *nftables.Table, want []chain) error {
 	c, err := f.conn()
 	if err != nil {
 		return fmt.Errorf("nftables: %w", err)
 	}
-	t := &nftables.Table{Family: nftables.TableFamilyINet, Name: f.host.cfg.Table}
 	c.AddTable(t) // so that there is one to delete
 	c.DelTable(t)
 	c.AddTable(t)
@@ -194,19 +260,19 @@ func (f *Firewall) write(want []chain) error {
 		}
 	}
 	if err := c.Flush(); err != nil {
-		return fmt.Errorf("nftables: write table inet %s: %w", f.host.cfg.Table, err)
+		return fmt.Errorf("nftables: write table %s: %w", t.Name, err)
 	}
 	return nil
 }
 
 // intact reports whether the kernel has the chains and rules that want lists. Rules are known by their comments.
-func (f *Firewall) intact(want []chain) bool {
-	c, err := f.conn()
+func (f *Firewall) intact(t *nftables.Table, want []chain) bool {
+	c, err := nftables.New(nftables.WithNetNSFd(int(f.host.ns.Fd())), nftables.AsLasting())
 	if err != nil {
 		return false
 	}
-	t := &nftables.Table{Family: nftables.TableFamilyINet, Name: f.host.cfg.Table}
-	if found, err := c.ListTableOfFamily(f.host.cfg.Table, nftables.TableFamilyINet); err != nil || found.Flags&unix.NFT_TABLE_F_DORMANT != 0 {
+	defer c.CloseLasting()
+	if found, err := c.ListTableOfFamily(t.Name, t.Family); err != nil || found.Flags&unix.NFT_TABLE_F_DORMANT != 0 {
 		return false
 	}
 	for _, ch := range want {
@@ -309,17 +375,10 @@ func (f *Firewall) generation() (uint32, error) {
 func (f *Firewall) Remove() error {
 	f.apply.Lock()
 	defer f.apply.Unlock()
-	f.applied = nil
-	errs := []error{f.ipt.remove()}
-	c, err := f.conn()
-	if err != nil {
-		return errors.Join(append(errs, err)...)
-	}
-	t := &nftables.Table{Family: nftables.TableFamilyINet, Name: f.host.cfg.Table}
-	c.AddTable(t)
-	c.DelTable(t)
-	if err := c.Flush(); err != nil {
-		errs = append(errs, fmt.Errorf("nftables: remove table inet %s: %w", f.host.cfg.Table, err))
-	}
-	return errors.Join(errs...)
+	f.applied, f.bridged = nil, nil
+	return errors.Join(
+		f.ipt.remove(),
+		f.delete(&nftables.Table{Family: nftables.TableFamilyINet, Name: f.host.cfg.Table}),
+		f.delete(&nftables.Table{Family: nftables.TableFamilyBridge, Name: f.host.cfg.Table}),
+	)
 }

@@ -72,10 +72,14 @@ func (h *Host) attachPort(ns *os.File, p mesh.Port) error {
 	if err := inNamespace(ns, func() error { return dress(inside, end, br.MTU, p) }); err != nil {
 		return err
 	}
+	// The inner end gets carrier only now, which is what the container's process waits for.
 	if err := h.plug(host, br, p); err != nil {
 		return err
 	}
-	return inNamespace(ns, func() error { return h.raise(inside, end, host, p) })
+	if err := h.awaitCarrier(host.Name, host.Index); err != nil {
+		return err
+	}
+	return inNamespace(ns, func() error { return announce(end.Attrs().Index, p.MAC, p.Addrs) })
 }
 
 // ensurePair finds the veth pair of p, or makes it. A pair that leads elsewhere belongs to a namespace
@@ -136,7 +140,8 @@ func (h *Host) hostEnd(name, owner string) (*netlink.Veth, error) {
 	return veth, nil
 }
 
-// dress gives the inner end all that it can have while it is down. The calling thread is inside.
+// dress gives the inner end all that it needs and sets it up; it has no carrier yet unless the port was
+// there before. The calling thread is inside.
 func dress(inside *netlink.Handle, end netlink.Link, mtu int, p mesh.Port) error {
 	attrs := end.Attrs()
 	if macOf(attrs.HardwareAddr) != p.MAC {
@@ -168,6 +173,19 @@ func dress(inside *netlink.Handle, end netlink.Link, mtu int, p mesh.Port) error
 		if err := addAddr(inside, end, a); err != nil {
 			return fmt.Errorf("%s: %w", attrs.Name, err)
 		}
+	}
+	if err := inside.LinkSetUp(end); err != nil {
+		return fmt.Errorf("set %s up: %w", attrs.Name, err)
+	}
+	if p.NoMulticastRoute {
+		return nil
+	}
+	route := &netlink.Route{
+		LinkIndex: attrs.Index, Scope: netlink.SCOPE_LINK,
+		Dst: &net.IPNet{IP: net.IPv4(224, 0, 0, 0).To4(), Mask: net.CIDRMask(4, 32)},
+	}
+	if err := inside.RouteAdd(route); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("add the multicast route to %s: %w", attrs.Name, err)
 	}
 	return nil
 }
@@ -207,36 +225,6 @@ func (h *Host) enslave(l netlink.Link, br *netlink.Bridge) error {
 		return fmt.Errorf("set %s up: %w", name, err)
 	}
 	return nil
-}
-
-// raise sets the inner end up, waits until frames pass, and tells the neighbours. The calling thread is inside.
-func (h *Host) raise(inside *netlink.Handle, end netlink.Link, host *netlink.Veth, p mesh.Port) error {
-	name := end.Attrs().Name
-	if err := inside.LinkSetUp(end); err != nil {
-		return fmt.Errorf("set %s up: %w", name, err)
-	}
-	if !p.NoMulticastRoute {
-		route := &netlink.Route{
-			LinkIndex: end.Attrs().Index, Scope: netlink.SCOPE_LINK,
-			Dst: &net.IPNet{IP: net.IPv4(224, 0, 0, 0).To4(), Mask: net.CIDRMask(4, 32)},
-		}
-		if err := inside.RouteAdd(route); err != nil && !errors.Is(err, unix.EEXIST) {
-			return fmt.Errorf("add the multicast route to %s: %w", name, err)
-		}
-	}
-	if err := h.awaitCarrier(host.Name, host.Index); err != nil {
-		return err
-	}
-	h.portsChanged()
-	return announce(end.Attrs().Index, p.MAC, p.Addrs)
-}
-
-// portsChanged tells the firewall that ports have other addresses.
-func (h *Host) portsChanged() {
-	select {
-	case h.ports <- struct{}{}:
-	default: // told already
-	}
 }
 
 // awaitCarrier waits until a port of the bridge carries frames, which the kernel sees to soon after both

@@ -2,6 +2,7 @@ package hostnet
 
 import (
 	"errors"
+	"net"
 
 	"github.com/vishvananda/netlink"
 )
@@ -28,7 +29,7 @@ func (h *Host) Restore(want BridgeSpec) error {
 	for _, l := range all {
 		veth, isVeth := l.(*netlink.Veth)
 		_, isTAP := l.(*netlink.Tuntap)
-		port := isVeth && h.isPort(veth)
+		port := isVeth && h.isPort(veth) && veth.Flags&net.FlagUp != 0 // or it is being made
 		if !port && !(isTAP && l.Attrs().Name == h.cfg.TAP) || l.Attrs().MasterIndex == br.Index {
 			continue
 		}

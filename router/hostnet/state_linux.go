@@ -1,6 +1,7 @@
 package hostnet
 
 import (
+	"net"
 	"slices"
 	"strings"
 
@@ -22,7 +23,8 @@ func (h *Host) judge(all []netlink.Link) (s State) {
 		switch {
 		case isVeth && h.isPort(veth):
 			s.Ports = append(s.Ports, a.Name)
-			if bridge == 0 || a.MasterIndex != bridge {
+			// A port that is down is being made: it comes up when it is on the bridge.
+			if bridge == 0 || a.MasterIndex != bridge && a.Flags&net.FlagUp != 0 {
 				s.Missing = append(s.Missing, a.Name)
 			}
 		case h.isDockerBridge(l):
