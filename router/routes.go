@@ -29,7 +29,7 @@ type Route struct {
 // Routes is an immutable snapshot of all routes from one peer.
 //
 // Every peer computes shortest paths over the same table with weights that both ends of a link agree on
-// (the larger of their figures) and that are positive. The rest of a shortest path is one itself and
+// (the smaller of their round trips, for load only makes them longer) and that are positive. The rest of a shortest path is one itself and
 // does not pass through where it started, so it uses only links that everybody counts: the next peer is
 // strictly nearer to the destination in its own reckoning, and no datagram goes round in circles. All
 // damping is therefore in what is published about a link and none in the choice between routes.
@@ -94,9 +94,15 @@ func (l *LiveRoutes) Store(r *Routes) { l.p.Store(r) }
 // edge is a link in the graph, seen from one end.
 type edge struct {
 	to     int
-	weight time.Duration
 	rtt    time.Duration
 	damped bool
+}
+
+func (e edge) weight() time.Duration {
+	if e.damped {
+		return e.rtt + hopPenalty + dampPenalty
+	}
+	return e.rtt + hopPenalty
 }
 
 // graph is the topology with peers numbered by name.
@@ -143,14 +149,10 @@ func (t *Topology) graph() *graph {
 				if !ok {
 					continue
 				}
-				e := edge{to: to, rtt: l.RTT, weight: l.RTT + hopPenalty, damped: l.Damped}
-				if l.Damped {
-					e.weight += dampPenalty
-				}
-				g.edges[i] = append(g.edges[i], e)
+				g.edges[i] = append(g.edges[i], edge{to, l.RTT, l.Damped})
 			}
 		}
-		slices.SortFunc(g.edges[i], func(a, b edge) int { return cmp.Or(a.to-b.to, cmp.Compare(a.weight, b.weight)) })
+		slices.SortFunc(g.edges[i], func(a, b edge) int { return cmp.Or(a.to-b.to, cmp.Compare(a.rtt, b.rtt)) })
 		g.edges[i] = slices.CompactFunc(g.edges[i], func(a, b edge) bool { return a.to == b.to })
 	}
 	return g
@@ -172,11 +174,7 @@ func (g *graph) link(a int, e edge) (edge, bool) {
 	if !ok {
 		return e, a == g.self
 	}
-	if back.weight > e.weight {
-		back.to = e.to
-		return back, true
-	}
-	return e, true
+	return edge{e.to, min(e.rtt, back.rtt), e.damped || back.damped}, true
 }
 
 // Routes computes the ways to all peers.
@@ -211,7 +209,7 @@ func (g *graph) routes() *Routes {
 			if !ok {
 				continue
 			}
-			d, via := dist[at]+l.weight, first[at]
+			d, via := dist[at]+l.weight(), first[at]
 			if at == g.self {
 				via = e.to
 			}

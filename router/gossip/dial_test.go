@@ -358,24 +358,36 @@ func TestLinkBook(t *testing.T) {
 		t.Error("a restarted peer is damped")
 	}
 
-	publishedRTT := func(now time.Time, rtt time.Duration) time.Duration {
-		l.RTT = rtt
+	ms := time.Millisecond
+	for _, c := range []struct {
+		after          time.Duration
+		measured, want time.Duration
+	}{
+		{0, 300 * ms, 10 * ms}, // it goes up only
+		{29 * time.Second, 310 * ms, 10 * ms},
+		{1 * time.Second, 300 * ms, 10 * ms}, // after a while, to the least in it
+		{30 * time.Second, 305 * ms, 300 * ms},
+		{time.Second, 250 * ms, 300 * ms}, // not by less than a third
+		{time.Second, 30 * ms, 30 * ms},   // down at once
+		{time.Second, 25 * ms, 30 * ms},
+	} {
+		now = now.Add(c.after)
+		l.RTT = c.measured
 		b.changed(l, now)
-		return b.links(now)[0].RTT
+		if got := b.links(now)[0].RTT; got != router.RoundRTT(c.want) {
+			t.Errorf("%v measured: %v published, want %v", c.measured, got, c.want)
+		}
 	}
-	first := b.links(now)[0].RTT
-	if got := publishedRTT(now.Add(time.Second), 30*time.Millisecond); got != first {
-		t.Errorf("a longer round trip is published after a second: %v", got)
+	slow := upTo(4, true)
+	slow.RTT = time.Second
+	b.up(slow, now)
+	if got := b.links(now)[1].RTT; got != router.RoundRTT(rttYoung) {
+		t.Errorf("a new link is published with %v", got)
 	}
-	if got := publishedRTT(now.Add(time.Minute), 12*time.Millisecond); got != first {
-		t.Errorf("a slightly longer one is published: %v", got)
+	if b.settles(now, now.Add(29*time.Second)) || !b.settles(now, now.Add(rttPause)) {
+		t.Error("that it is slow goes unnoticed later")
 	}
-	if got := publishedRTT(now.Add(time.Minute), 30*time.Millisecond); got != router.RoundRTT(30*time.Millisecond) {
-		t.Errorf("a much longer one is not published: %v", got)
-	}
-	if got := publishedRTT(now.Add(61*time.Second), 5*time.Millisecond); got != router.RoundRTT(5*time.Millisecond) {
-		t.Errorf("a much shorter one is not published: %v", got)
-	}
+	b.down(pn(4), now)
 	b.changed(upTo(3, true), now)
 	if len(b.links(now)) != 2 {
 		t.Error("a change of a link that we missed the start of is lost")

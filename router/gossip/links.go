@@ -17,11 +17,13 @@ const (
 	steadyTime = time.Minute
 )
 
-// Published round trips change when the measured one is off by half (or a third less) and by rttStep, and go up at most once
-// in rttPause: every change travels to every peer, and a busy host makes round trips look long.
+// Round trips are measured on busy hosts, which make them look long, and every change travels to every
+// peer. So what is published goes up at most once in rttPause, to the least that was measured meanwhile;
+// it changes by rttStep at least and by a third; and a new link is first taken for a quick one.
 const (
-	rttStep  = 2 * time.Millisecond
+	rttStep  = 10 * time.Millisecond
 	rttPause = 30 * time.Second
+	rttYoung = 20 * time.Millisecond
 )
 
 // linkBook holds this peer's live links and what is published about them.
@@ -35,7 +37,8 @@ type liveLink struct {
 	since     time.Time
 	steadyAt  time.Time // damped until then
 	published router.PeerLink
-	rttAt     time.Time // when the published round trip was set
+	low       time.Duration // least round trip since lowAt
+	lowAt     time.Time
 }
 
 // linkPast is what is remembered of a peer's links.
@@ -67,6 +70,7 @@ func (b *linkBook) up(l router.Link, now time.Time) {
 func (b *linkBook) changed(l router.Link, now time.Time) {
 	if ll := b.live[l.Peer.Name]; ll != nil {
 		ll.link = l
+		ll.low = min(ll.low, l.RTT)
 	} else {
 		b.up(l, now)
 	}
@@ -110,9 +114,17 @@ func (b *linkBook) publish(ll *liveLink, now time.Time) {
 		To: l.Peer.Name, Addr: l.Addr, RTT: ll.published.RTT, MTU: l.MTU,
 		Outbound: l.Outbound, Sealed: l.Sealed, Damped: now.Before(ll.steadyAt),
 	}
-	up, fall := l.RTT-p.RTT, p.RTT-l.RTT
-	if ll.rttAt.IsZero() || fall >= max(rttStep, p.RTT/3) || up >= max(rttStep, p.RTT/2) && now.Sub(ll.rttAt) >= rttPause {
-		p.RTT, ll.rttAt = router.RoundRTT(l.RTT), now
+	switch step := max(rttStep, p.RTT/3); {
+	case ll.lowAt.IsZero():
+		p.RTT = router.RoundRTT(min(l.RTT, rttYoung))
+		ll.low, ll.lowAt = l.RTT, now
+	case p.RTT-l.RTT >= step:
+		p.RTT = router.RoundRTT(l.RTT)
+	case now.Sub(ll.lowAt) >= rttPause:
+		if ll.low-p.RTT >= step {
+			p.RTT = router.RoundRTT(ll.low)
+		}
+		ll.low, ll.lowAt = l.RTT, now
 	}
 	ll.published = p
 }
@@ -128,10 +140,14 @@ func (b *linkBook) links(now time.Time) []router.PeerLink {
 	return out
 }
 
-// settles reports whether a link stops being damped between the two times.
+// settles reports whether what is published of a link may change between the two times by itself: it
+// stops being damped, or its round trip may go up.
 func (b *linkBook) settles(last, now time.Time) bool {
 	for _, ll := range b.live {
 		if ll.steadyAt.After(last) && !ll.steadyAt.After(now) {
+			return true
+		}
+		if ll.low-ll.published.RTT >= rttStep && now.Sub(ll.lowAt) >= rttPause {
 			return true
 		}
 	}
