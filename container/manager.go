@@ -44,6 +44,8 @@ type Config struct {
 	CheckOverlap func(netip.Prefix) error
 	// Reclaim is told once, early in Run, what is attached in the kernel; may be nil. Must not block for long.
 	Reclaim func(live map[string][]netip.Prefix)
+	// Gone is told of an owner that will not come back; may be nil.
+	Gone func(owner string)
 
 	Log *slog.Logger
 }

@@ -488,5 +488,8 @@ func (m *Manager) bury(ctx context.Context, r record) error {
 	if err := m.cfg.Allocator.ReleaseAll(ctx, r.Owner); err != nil {
 		return fmt.Errorf("release the addresses of %s: %w", r.label(), err)
 	}
+	if m.cfg.Gone != nil {
+		m.cfg.Gone(r.Owner)
+	}
 	return m.forget(r.Owner)
 }

@@ -317,7 +317,7 @@ func (h *house) buildContainers() error {
 	cfg := container.Config{
 		Peer: h.self, Domain: h.cfg.DNS.Domain,
 		Network: h.host, Bridge: h.host, Firewall: h.firewall, Allocator: h.addresses, Announcer: h.records, Store: h.state,
-		OpenNamespace: hostnet.OpenNamespace, CheckOverlap: h.host.CheckOverlap, Reclaim: h.reclaim,
+		OpenNamespace: hostnet.OpenNamespace, CheckOverlap: h.host.CheckOverlap, Reclaim: h.reclaim, Gone: h.gone,
 		Log: h.log.With("room", "container"),
 	}
 	if d.API != "" {
@@ -475,6 +475,14 @@ func (h *house) reclaim(live map[string][]netip.Prefix) {
 	}
 	for _, c := range collisions {
 		h.log.Error("two have the same address; one must be renumbered", "addr", c.Addr, "container", c.Owner, "with", c.With)
+	}
+	h.records.Settle() // what the last run announced and this one has not is over
+}
+
+// gone forgets the names made by hand for a container that was removed.
+func (h *house) gone(owner string) {
+	if err := h.records.ReleaseOwner(owner); err != nil {
+		h.log.Error("names of a removed container stay", "container", owner, "err", err)
 	}
 }
 
