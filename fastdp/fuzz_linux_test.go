@@ -70,8 +70,10 @@ func breach(f []byte) string {
 		return ""
 	case 0x86dd:
 		return breach6(p)
+	case 0x8100, 0x88a8, 0x88cc:
+		return "tag or LLDP"
 	}
-	return "ethertype"
+	return ""
 }
 
 func breach4(p []byte) string {

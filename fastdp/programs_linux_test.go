@@ -208,6 +208,10 @@ func TestPortIn(t *testing.T) {
 		{"neighbour advertisement", v6(ip6("fd00:1::1", "fd00:1::2", 58, neighbour(136, "fd00:1::1", 2, mine)...)), redirected, "to_local"},
 		{"listener report", v6(ip6("::", "ff02::16", 0, 58, 0, 5, 2, 0, 0, 1, 0, 143, 0, 0, 0, 0, 0, 0, 1)), redirected, "to_local"},
 
+		{"other ethertype", ether(near, mine, 0x88b7, 1, 2, 3), redirected, "to_local"},
+		{"the type of probes, among containers", ether(far, mine, typeProbe, 1), redirected, "to_tunnel"},
+		{"LLC", ether(all, mine, 0x0010, 0xaa, 0xaa, 3, 0, 0, 0), passed, "to_bridge"},
+
 		{"runt ARP", ether(near, mine, 0x0806, 0, 1, 8), dropped, "drop_malformed"},
 		{"IP version", v4(near, append([]byte{0x65}, ip4("10.32.0.1", "10.32.0.2", 6)[1:]...)), dropped, "drop_malformed"},
 		{"IP header length", v4(near, append([]byte{0x44}, ip4("10.32.0.1", "10.32.0.2", 6)[1:]...)), dropped, "drop_malformed"},
@@ -219,8 +223,8 @@ func TestPortIn(t *testing.T) {
 		{"pause frame", ether(mesh.MAC{1, 0x80, 0xc2, 0, 0, 1}, mine, 0x8808, 0, 1), dropped, "drop_link_control"},
 		{"LLDP", ether(mesh.MAC{1, 0x80, 0xc2, 0, 0, 0xe}, mine, 0x88cc, 2, 7), dropped, "drop_link_control"},
 		{"LLDP unicast", ether(near, mine, 0x88cc, 2, 7), dropped, "drop_link_control"},
-		{"other ethertype", ether(near, mine, 0x88b7, 1, 2, 3), dropped, "drop_ethertype"},
-		{"probe of the kernel path", ether(probeMAC(upID), mine, typeProbe, 1), dropped, "drop_ethertype"},
+		{"BPDU to another group", ether(mesh.MAC{1, 0, 0xc, 0xcc, 0xcc, 0xcd}, mine, 0x0026, 0x42, 0x42, 3, 0, 0), dropped, "drop_link_control"},
+		{"LLC cut short", ether(near, mine, 0x0026), dropped, "drop_malformed"},
 		{"ARP in another's name", ether(all, mine, 0x0806, arp(1, mine, "10.32.0.2", mesh.MAC{}, "10.32.0.3")...), dropped, "drop_arp"},
 		{"ARP reply in another's name", ether(near, mine, 0x0806, arp(2, mine, "10.32.0.3", near, "10.32.0.2")...), dropped, "drop_arp"},
 		{"ARP with another's MAC", ether(near, mine, 0x0806, arp(2, far, "10.32.0.1", near, "10.32.0.2")...), dropped, "drop_arp"},
@@ -258,8 +262,8 @@ func TestPortIn(t *testing.T) {
 	// Every drop is on the port's account too.
 	var n uint64
 	key := bpfOffenceKey{Ifindex: lo, Reason: bpfReasonDROP_LINK_CONTROL}
-	if err := b.bpfObjects.Offences.Lookup(&key, &n); err != nil || n != 4 {
-		t.Errorf("offences: got %d, %v, want 4", n, err)
+	if err := b.bpfObjects.Offences.Lookup(&key, &n); err != nil || n != 5 {
+		t.Errorf("offences: got %d, %v, want 5", n, err)
 	}
 }
 
@@ -492,6 +496,8 @@ func TestVxIn(t *testing.T) {
 		{frameCase{"for an endpoint elsewhere", data(slow, far), dropped, "drop_vx_unknown"}, ok7},
 		{frameCase{"for somebody unknown", data(unknown, far), dropped, "drop_vx_unknown"}, ok7},
 		{frameCase{"from a foreign network", data(mine, alien), dropped, "drop_vx_isolated"}, ok7},
+		{frameCase{"the type of probes, between containers", ether(mine, far, typeProbe, 1), redirected, "from_tunnel"}, ok7},
+		{frameCase{"probe for another's id", func() []byte { p := request(upID); p[5]++; return p }(), dropped, "drop_probe"}, ok7},
 		{frameCase{"probe with another's id inside", request(downID), dropped, "drop_probe"}, ok7},
 	} {
 		verdict, counted := b.run(b.received(c.outer), c.frame, skbContext{Ifindex: lo})

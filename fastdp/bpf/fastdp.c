@@ -260,7 +260,7 @@ int bridge_out(struct __sk_buff *skb)
 	struct eth *eth = frame_start(skb);
 	if ((void *)(eth + 1) > frame_end(skb))
 		return TC_PASS;
-	if (unlikely(eth->type == ETH_PROBE || eth->type == ETH_PROBED))
+	if (is_probe(eth))
 		return send_probe(skb, cfg, eth);
 	if (skb->vlan_present || is_group(eth->dst))
 		return TC_PASS;
@@ -361,7 +361,7 @@ int vx_in(struct __sk_buff *skb)
 	struct eth *eth = frame_start(skb);
 	if (unlikely((void *)(eth + 1) > frame_end(skb) || skb->vlan_present))
 		return drop(skb, DROP_VX_MALFORMED);
-	if (unlikely(eth->type == ETH_PROBE || eth->type == ETH_PROBED))
+	if (is_probe(eth))
 		return probed(skb, cfg, peer, id, eth);
 	__u64 dst = read_mac(eth->dst);
 	struct endpoint *from = find_endpoint(read_mac(eth->src));

@@ -206,7 +206,7 @@ inline_ int guard(struct __sk_buff *skb, const struct port *port, const struct e
 		return DROP_SOURCE_MAC;
 	if (skb->vlan_present || eth->type == be16(0x8100) || eth->type == be16(0x88a8))
 		return DROP_VLAN;
-	if (unlikely(eth->type == ETH_LLDP || (read_mac(eth->dst) & 0xf0ffffffffffULL) == 0xc28001ULL))
+	if (unlikely((read_mac(eth->dst) & 0xf0ffffffffffULL) == 0xc28001ULL))
 		return DROP_LINK_CONTROL;
 	switch (eth->type) {
 	case ETH_IP4:
@@ -215,8 +215,19 @@ inline_ int guard(struct __sk_buff *skb, const struct port *port, const struct e
 		return guard_ip6(skb, port, (void *)(eth + 1), end);
 	case ETH_ARP:
 		return guard_arp(port, (void *)(eth + 1), end);
+	case ETH_LLDP:
+		return DROP_LINK_CONTROL;
 	}
-	return DROP_ETHERTYPE;
+	// Other protocols have no addresses that we know of. Below 0x600 it is a length, and an LLC header
+	// follows: of the spanning tree, whatever group it is sent to, or of something harmless.
+	if (be16(eth->type) < 0x600) {
+		__u8 *sap = (__u8 *)(eth + 1);
+		if ((void *)(sap + 1) > end)
+			return DROP_MALFORMED;
+		if (*sap == LLC_SPANNING_TREE)
+			return DROP_LINK_CONTROL;
+	}
+	return 0;
 }
 
 // Whether a port may send one more frame to a group. The limiter is GCRA: group_until runs ahead of the

@@ -99,7 +99,6 @@ enum reason {
 	DROP_SOURCE_MAC,      // not the port's own
 	DROP_VLAN,            // tagged: the guard does not look inside
 	DROP_LINK_CONTROL,    // BPDU, LLDP and other frames to 01:80:c2:00:00:0x (IEEE 802.1D 7.12.6)
-	DROP_ETHERTYPE,       // neither ARP nor IP
 	DROP_ARP,             // sender is not the port's own
 	DROP_SOURCE_IP4,      // source address is not the port's own
 	DROP_SOURCE_IP6,

@@ -6,9 +6,11 @@
 #define ETH_ARP be16(0x0806)
 #define ETH_IP6 be16(0x86dd)
 #define ETH_LLDP be16(0x88cc)
-// Probes of the kernel path bear the two types that IEEE 802 sets aside for local experiments.
+// Probes of the kernel path bear the two types that IEEE 802 sets aside for local experiments, and
+// addresses of their own (probe_mac): containers may use the types among themselves.
 #define ETH_PROBE be16(0x88b5)  // request, turned around by the far kernel
 #define ETH_PROBED be16(0x88b6) // answer, read by meshd
+#define LLC_SPANNING_TREE 0x42  // service access point of IEEE 802.1D
 
 struct eth {
 	__u8 dst[6];
@@ -92,6 +94,11 @@ inline_ __u32 probe_id(__u64 mac)
 	if ((__u32)mac != 0x73656d02)
 		return 0;
 	return (mac >> 32 & 0xff) << 8 | mac >> 40;
+}
+
+inline_ int is_probe(const struct eth *eth)
+{
+	return unlikely(eth->type == ETH_PROBE || eth->type == ETH_PROBED) && probe_id(read_mac(eth->dst));
 }
 
 inline_ int same6(const __u32 *a, const __u32 *b)
