@@ -79,6 +79,7 @@ func (h *Host) attachPort(ns *os.File, p mesh.Port) error {
 	if err := h.awaitCarrier(host.Name, host.Index); err != nil {
 		return err
 	}
+	h.portsChanged()
 	return inNamespace(ns, func() error { return announce(end.Attrs().Index, p.MAC, p.Addrs) })
 }
 
@@ -225,6 +226,14 @@ func (h *Host) enslave(l netlink.Link, br *netlink.Bridge) error {
 		return fmt.Errorf("set %s up: %w", name, err)
 	}
 	return nil
+}
+
+// portsChanged tells the firewall that ports have other addresses.
+func (h *Host) portsChanged() {
+	select {
+	case h.ports <- struct{}{}:
+	default: // told already
+	}
 }
 
 // awaitCarrier waits until a port of the bridge carries frames, which the kernel sees to soon after both
