@@ -76,7 +76,8 @@ func (h *Host) attachPort(ns *os.File, p mesh.Port) error {
 	if err := h.plug(host, br, p); err != nil {
 		return err
 	}
-	if err := h.awaitCarrier(host.Name, host.Index); err != nil {
+	// Either end takes it in by itself, and what is sent on one that has not yet is lost.
+	if err := errors.Join(awaitCarrier(h.nl, host), awaitCarrier(inside, end)); err != nil {
 		return err
 	}
 	h.portsChanged()
@@ -236,15 +237,15 @@ func (h *Host) portsChanged() {
 	}
 }
 
-// awaitCarrier waits until a port of the bridge carries frames, which the kernel sees to soon after both
-// ends are up. If that does not come, something else set one down, and that is not for us to judge.
-func (h *Host) awaitCarrier(name string, index int) error {
+// awaitCarrier waits until a device carries frames, which the kernel sees to soon after both of its ends are
+// up. If that does not come, something else set one down, and that is not for us to judge.
+func awaitCarrier(nl *netlink.Handle, dev netlink.Link) error {
 	for start := time.Now(); time.Since(start) < carrierWait; time.Sleep(time.Millisecond) {
-		l, err := h.nl.LinkByIndex(index)
+		now, err := nl.LinkByIndex(dev.Attrs().Index)
 		if err != nil {
-			return fmt.Errorf("look up %s: %w", name, err)
+			return fmt.Errorf("look up %s: %w", dev.Attrs().Name, err)
 		}
-		if l.Attrs().OperState == netlink.OperUp {
+		if now.Attrs().OperState == netlink.OperUp {
 			break
 		}
 	}

@@ -91,7 +91,7 @@ func (h *Host) openTAP(queues int) (*TAP, error) {
 		err = h.enslave(dev, br)
 	}
 	if err == nil {
-		err = h.awaitCarrier(dev.Name, dev.Index)
+		err = awaitCarrier(h.nl, dev)
 	}
 	if err != nil {
 		t.Close()
