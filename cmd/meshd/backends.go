@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+	"time"
 
 	"meshd/container"
 	"meshd/control"
@@ -157,15 +158,33 @@ func (a addressRing) RemovePeer(ctx context.Context, peer string) (int, error) {
 	return a.h.addresses.RemovePeer(ctx, name)
 }
 
-// Leave gives the space to an heir. The last peer has none, and then nobody misses the space.
+// leavePause is time for the peers to hear that our endpoints are gone, before the daemon is stopped.
+const leavePause = 300 * time.Millisecond
+
+// Leave gives the space to an heir and takes our containers' names back. The last peer has no heir, and
+// then nobody misses the space.
 func (a addressRing) Leave(ctx context.Context) error {
 	n, err := a.h.addresses.LeaveAll(ctx)
-	if errors.Is(err, ipam.ErrNoHeir) {
+	switch {
+	case errors.Is(err, ipam.ErrNoHeir):
 		a.h.log.Info("nobody is there to take the addresses over")
-		return nil
+	case err != nil:
+		a.h.log.Info("gave the address space away", "addresses", n, "err", err)
+		return err
+	default:
+		a.h.log.Info("gave the address space away", "addresses", n)
 	}
-	a.h.log.Info("gave the address space away", "addresses", n, "err", err)
-	return err
+	for _, ep := range a.h.records.Endpoints() {
+		if ep.Peer == a.h.self {
+			a.h.records.Withdraw(ep.Owner, ep.MAC)
+		}
+	}
+	select {
+	case <-time.After(leavePause):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 func (a addressRing) Repair(ctx context.Context) (string, error) {
