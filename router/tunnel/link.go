@@ -12,13 +12,13 @@ import (
 
 // A link is alive as long as something authenticated comes from its address. When nothing does for
 // longer than a heartbeat, probes go out in quick succession, so that losing every fifth datagram does not
-// look like death, and almost three seconds without anything do. So do four without an answer: then the way back
+// look like death, and two and a half seconds without anything do. So do four without an answer: then the way back
 // is whole, but nothing of ours arrives; the peer, which hears nothing, has given up by then.
 const (
 	heartbeatEvery = time.Second
 	heartbeatLate  = heartbeatEvery + 200*time.Millisecond
 	heartbeatFast  = 200 * time.Millisecond
-	deadAfter      = 2700 * time.Millisecond // with what follows from it, routes are withdrawn within 3 s
+	deadAfter      = 2500 * time.Millisecond // with what follows from it, routes are withdrawn within 3 s
 	deafAfter      = 4 * time.Second
 	upAnyway       = 600 * time.Millisecond // a link is up then even if its MTU is not found yet
 	probeKept      = 3 * time.Second        // an answer may come so late
