@@ -230,6 +230,12 @@ func TestPathMTUShrinks(t *testing.T) {
 		w.within("longest stall of TCP", got.MaxStall, 3*time.Second)
 		t.Logf("and a new one: %v", w.stream(c2, c1, 20<<20, 20*time.Second))
 		w.pings(c1, c2, 5, 56)
+		start := time.Now() // the other direction may find out only now
+		w.try(lab.Until(w.ctx, 10*time.Second, "large pings to pass", func() bool {
+			n, _, err := c1.Ping(w.ctx, c2.addr, 3, 1400)
+			return err == nil && n == 3
+		}))
+		w.within("large pings pass", time.Since(start), 3*time.Second)
 		w.pings(c1, c2, 5, 1400)
 		w.pings(c2, c1, 5, 10000)
 		// One that may not be fragmented passes or is answered with ICMP.
