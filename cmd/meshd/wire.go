@@ -382,6 +382,9 @@ func firewallConfig(cfg Config) hostnet.FirewallConfig {
 		LocalPorts: []uint16{},
 		Range:      cfg.Addresses.Range, NoMasqLocal: cfg.Overlay.NoMasqLocal,
 	}
+	if !cfg.DNS.Off {
+		fw.DNSPort = cfg.DNS.Listen.Port()
+	}
 	for _, addr := range []string{cfg.Control.HTTPAddr, cfg.Control.StatusAddr, cfg.Control.MetricsAddr} {
 		if a, err := netip.ParseAddrPort(addr); err == nil && a.Addr().IsLoopback() {
 			fw.LocalPorts = append(fw.LocalPorts, a.Port())

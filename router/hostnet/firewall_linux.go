@@ -28,6 +28,8 @@ type FirewallConfig struct {
 	UDPPorts   []uint16 // closed to containers; nil means 6783 and 6784
 	TCPPorts   []uint16 // the same; nil means 6783; add a control port that listens on TCP
 	LocalPorts []uint16 // TCP ports on loopback, closed to all others; nil means 6782
+	DNSPort    uint16   // of the name server on Docker's bridges, opened to containers; 0 means none
+
 	// NoMasqLocal keeps the source address of traffic from outside to containers of this host, which then
 	// need a route back. Otherwise it is masqueraded like traffic to those of other hosts.
 	NoMasqLocal bool
@@ -208,7 +210,7 @@ func (f *Firewall) wish() (wish, error) {
 	}
 	w := wish{
 		bridge: f.host.cfg.Bridge, mac: mac, docker: state.Docker, within: f.cfg.Range,
-		udp: f.cfg.UDPPorts, tcp: f.cfg.TCPPorts, local: f.cfg.LocalPorts,
+		udp: f.cfg.UDPPorts, tcp: f.cfg.TCPPorts, local: f.cfg.LocalPorts, dns: f.cfg.DNSPort,
 	}
 	if f.cfg.NoMasqLocal {
 		ports, err := f.host.Ports()

@@ -164,6 +164,54 @@ func TestForwardPolicyDrop(t *testing.T) {
 	}
 }
 
+// A host that drops what comes in still answers its containers' questions for names.
+func TestNameServerIsReached(t *testing.T) {
+	for _, tool := range []string{"iptables-nft", "iptables-legacy"} {
+		s := newSite(t)
+		addBridge(t, s.host, "docker0")
+		d := newNamespace(t)
+		join(t, s, "d0", "172.17.0.1/16", d, "172.17.0.2/16", "docker0")
+		s.fw = s.host.NewFirewall(FirewallConfig{DNSPort: 53})
+		run(t, s.hostNS, tool+" -P INPUT DROP")
+		before := run(t, s.hostNS, tool+" -S")
+		var l net.Listener
+		err := inNamespace(s.hostNS, func() (err error) {
+			l, err = net.Listen("tcp4", "172.17.0.1:53")
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		asks := func() bool {
+			return inNamespace(d, func() error {
+				c, err := net.DialTimeout("tcp4", "172.17.0.1:53", 300*time.Millisecond)
+				if err == nil {
+					c.Close()
+				}
+				return err
+			}) == nil
+		}
+		if asks() {
+			t.Errorf("%s: INPUT drops nothing", tool)
+		}
+		for range 2 {
+			if err := s.fw.Apply(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if !asks() {
+			t.Errorf("%s: the name server is not reached:\n%s", tool, run(t, s.hostNS, tool+" -S"))
+		}
+		if err := s.fw.Remove(); err != nil {
+			t.Fatal(err)
+		}
+		if after := run(t, s.hostNS, tool+" -S"); after != before {
+			t.Errorf("removed, and left\n%s\nwas\n%s", after, before)
+		}
+	}
+}
+
 func TestFlushIsUndone(t *testing.T) {
 	s := newSite(t)
 	run(t, s.inside, "ip route add default via 10.2.1.100")
@@ -399,11 +447,15 @@ func TestParseFilter(t *testing.T) {
 -A
 garbage
 `)
-	want := filter{drops: true, docker: true, jumps: []string{"DOCKER-USER"}, ours: []string{"-A MESH-FORWARD -i mesh -o mesh -j ACCEPT"}}
+	want := filter{
+		drops: map[string]bool{"INPUT": false, "FORWARD": true, "DOCKER-USER": false, "MESH-FORWARD": false},
+		rules: map[string][]string{"DOCKER-USER": {"-A DOCKER-USER -j MESH-FORWARD"}, "MESH-FORWARD": {"-A MESH-FORWARD -i mesh -o mesh -j ACCEPT"}},
+		jumps: map[string][]string{"MESH-FORWARD": {"DOCKER-USER"}},
+	}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
-	if f := parseFilter("-P FORWARD ACCEPT\n-A FORWARD -j REJECT --reject-with icmp-host-prohibited\n"); !f.drops {
+	if f := parseFilter("-P FORWARD ACCEPT\n-A FORWARD -j REJECT --reject-with icmp-host-prohibited\n"); !f.drops["FORWARD"] {
 		t.Error("a FORWARD chain that rejects counts as harmless")
 	}
 }
@@ -425,7 +477,7 @@ func TestRulesetText(t *testing.T) {
 			seen[key] = true
 		}
 	}
-	if got := iptRules(w, true); len(got) != 6 || got[4] != "-A MESH-FORWARD -d fd00::/64 -o mesh -j ACCEPT" {
+	if got := forwardRules(w, true); len(got) != 6 || got[4] != "-A MESH-FORWARD -d fd00::/64 -o mesh -j ACCEPT" {
 		t.Errorf("rules are %q", got)
 	}
 }

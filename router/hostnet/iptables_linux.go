@@ -16,48 +16,47 @@ import (
 
 // An accept in our table cannot undo a drop in somebody else's: where Docker, or a policy, makes the
 // FORWARD chain of iptables drop, our accepts go there as well, into a chain of our own that DOCKER-USER
-// (or FORWARD itself) jumps to, in the backend that does the dropping and in no other.
+// (or FORWARD itself) jumps to, in the backend that does the dropping and in no other. The same goes for
+// the INPUT chain and the name server, which containers ask on Docker's bridge.
 const (
-	iptChain    = "MESH-FORWARD"
 	iptTime     = 5 * time.Second // for one call
 	iptWaitLock = "2"             // seconds to wait for others' xtables lock
 )
 
+// hook is one chain of the kernel's that may drop what is ours.
+type hook struct {
+	chain string
+	user  string // a chain that is meant for others' rules, used in its place if it is there
+	ours  string
+	rules func(w wish, six bool) []string // as `iptables -S` prints them
+}
+
+var hooks = []hook{
+	{"FORWARD", "DOCKER-USER", "MESH-FORWARD", forwardRules},
+	{"INPUT", "", "MESH-INPUT", inputRules},
+}
+
 // iptables keeps these rules for both families. It is owned by the holder of Firewall.apply.
 type iptables struct {
 	host *Host
-	both bool           // said already that both backends drop
-	in   map[bool]place // by IPv6 or not: where our rules were put
-}
-
-// place is one of the four filter tables there may be.
-type place struct {
-	tool   string // iptables-nft and the like
-	parent string // the chain that jumps to ours
+	both bool            // said already that both backends drop
+	in   map[string]bool // tools by which rules of ours were put somewhere
 }
 
 // filter is what matters of a filter table.
 type filter struct {
-	drops  bool     // FORWARD drops by policy or rule
-	docker bool     // DOCKER-USER is there
-	jumps  []string // chains that jump to ours
-	ours   []string // rules of our chain; nil if there is none
+	drops map[string]bool     // by chain: it drops by policy or rule
+	rules map[string][]string // by chain, for those that exist beside the kernel's own
+	jumps map[string][]string // by chain of ours: the chains that jump to it
 }
 
 func (t *iptables) legacy() bool {
-	for _, p := range t.in {
-		if strings.HasSuffix(p.tool, "-legacy") {
-			return true
-		}
-	}
-	return false
+	return t.in["iptables-legacy"] || t.in["ip6tables-legacy"]
 }
 
 // apply makes the rules be where they are needed, and nowhere else.
 func (t *iptables) apply(w wish) error {
-	if t.in == nil {
-		t.in = map[bool]place{}
-	}
+	t.in = map[string]bool{}
 	return errors.Join(t.applyFamily(w, false), t.applyFamily(w, true))
 }
 
@@ -70,22 +69,23 @@ func (t *iptables) applyFamily(w wish, six bool) error {
 		}
 		tables[tool] = f
 	}
-	at, needed := t.choose(tables, six)
-	for tool, f := range tables {
-		if needed && tool == at.tool {
-			if err := t.fill(at, f, iptRules(w, six)); err != nil {
-				return err
+	var errs []error
+	for _, h := range hooks {
+		rules := h.rules(w, six)
+		at := ""
+		if len(rules) > 0 {
+			at = t.choose(tables, h)
+		}
+		for tool, f := range tables {
+			if tool != at {
+				errs = append(errs, t.clear(tool, f, h))
+				continue
 			}
-		} else if err := t.clear(tool, f); err != nil {
-			return err
+			t.in[tool] = true
+			errs = append(errs, t.fill(tool, f, h, rules))
 		}
 	}
-	if needed {
-		t.in[six] = at
-	} else {
-		delete(t.in, six)
-	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // tools are the programs for those backends whose filter table exists; asking would create it.
@@ -116,34 +116,28 @@ func (t *iptables) tools(six bool) (tools []string) {
 	})
 }
 
-// choose finds the table that needs our rules: one that drops, with DOCKER-USER before one without.
-func (t *iptables) choose(tables map[string]filter, six bool) (at place, needed bool) {
+// choose finds the tool for the table that needs our rules for a hook: one that drops, with a chain for users
+// before one without; "" if none does.
+func (t *iptables) choose(tables map[string]filter, h hook) (at string) {
 	best := 0
 	for _, tool := range []string{"iptables-nft", "iptables-legacy", "ip6tables-nft", "ip6tables-legacy"} {
-		f, ok := tables[tool]
+		f := tables[tool]
 		score := 0
-		if f.docker {
+		if f.rules[h.user] != nil {
 			score++
 		}
-		if f.drops {
+		if f.drops[h.chain] {
 			score += 2
-		}
-		if !ok || score == 0 {
-			continue
 		}
 		if best >= 2 && score >= 2 && !t.both {
 			t.both = true
-			t.host.log.Warn("both backends of iptables drop forwarded packets; only one is opened for the mesh", "opened", at.tool, "other", tool)
+			t.host.log.Warn("both backends of iptables drop packets; only one is opened for the mesh", "opened", at, "other", tool)
 		}
 		if score > best {
-			best = score
-			at = place{tool: tool, parent: "FORWARD"}
-			if f.docker {
-				at.parent = "DOCKER-USER"
-			}
+			best, at = score, tool
 		}
 	}
-	return at, best > 0
+	return at
 }
 
 // read looks at one filter table.
@@ -156,7 +150,8 @@ func (t *iptables) read(tool string) (filter, error) {
 }
 
 // parseFilter reads what `iptables -S` prints.
-func parseFilter(text string) (f filter) {
+func parseFilter(text string) filter {
+	f := filter{drops: map[string]bool{}, rules: map[string][]string{}, jumps: map[string][]string{}}
 	for line := range strings.SplitSeq(text, "\n") {
 		words := strings.Fields(line)
 		if len(words) < 2 {
@@ -166,29 +161,29 @@ func parseFilter(text string) (f filter) {
 		if i := slices.Index(words, "-j"); i >= 0 && i+1 < len(words) {
 			target = words[i+1]
 		}
-		switch verb, chain := words[0], words[1]; {
-		case verb == "-P" && chain == "FORWARD":
-			f.drops = f.drops || len(words) > 2 && words[2] != "ACCEPT"
-		case verb == "-N" && chain == "DOCKER-USER":
-			f.docker = true
-		case verb == "-N" && chain == iptChain:
-			f.ours = []string{}
-		case verb == "-A" && chain == iptChain:
-			f.ours = append(f.ours, strings.Join(words, " "))
-		case verb == "-A" && target == iptChain:
-			f.jumps = append(f.jumps, chain)
-		case verb == "-A" && chain == "FORWARD" && (target == "DROP" || target == "REJECT"):
-			f.drops = true
+		switch chain := words[1]; words[0] {
+		case "-P":
+			f.drops[chain] = len(words) > 2 && words[2] != "ACCEPT"
+		case "-N":
+			f.rules[chain] = []string{}
+		case "-A":
+			if rules, ok := f.rules[chain]; ok {
+				f.rules[chain] = append(rules, strings.Join(words, " "))
+			}
+			if strings.HasPrefix(target, "MESH-") {
+				f.jumps[target] = append(f.jumps[target], chain)
+			}
+			f.drops[chain] = f.drops[chain] || target == "DROP" || target == "REJECT"
 		}
 	}
 	return f
 }
 
-// iptRules are the rules of our chain, as `iptables -S` prints them. Frames that cross the bridge count as
-// forwarded where br_netfilter is loaded. Docker's bridges stay Docker's to judge.
-func iptRules(w wish, six bool) (rules []string) {
+// forwardRules let through what crosses the bridge, which counts as forwarded where br_netfilter is loaded, and
+// exposed subnets. Docker's bridges stay Docker's to judge.
+func forwardRules(w wish, six bool) (rules []string) {
 	add := func(format string, args ...any) {
-		rules = append(rules, "-A "+iptChain+" "+fmt.Sprintf(format, args...))
+		rules = append(rules, "-A MESH-FORWARD "+fmt.Sprintf(format, args...))
 	}
 	add("-i %s -o %s -j ACCEPT", w.bridge, w.bridge)
 	exposed := slices.DeleteFunc(slices.Clone(w.exposed), func(p netip.Prefix) bool { return p.Addr().Is6() != six })
@@ -207,35 +202,52 @@ func iptRules(w wish, six bool) (rules []string) {
 	return rules
 }
 
+// inputRules let Docker's containers ask the name server.
+func inputRules(w wish, six bool) (rules []string) {
+	if w.dns == 0 || six {
+		return nil
+	}
+	for _, d := range w.docker {
+		for _, proto := range []string{"udp", "tcp"} {
+			rules = append(rules, fmt.Sprintf("-A MESH-INPUT -i %s -p %s -m %s --dport %d -j ACCEPT", d, proto, proto, w.dns))
+		}
+	}
+	return rules
+}
+
 // fill makes our chain in one table have these rules and its parent jump to it, in one transaction.
-func (t *iptables) fill(at place, f filter, rules []string) error {
-	if slices.Equal(f.ours, rules) && slices.Equal(f.jumps, []string{at.parent}) {
+func (t *iptables) fill(tool string, f filter, h hook, rules []string) error {
+	parent := h.chain
+	if f.rules[h.user] != nil {
+		parent = h.user
+	}
+	if slices.Equal(f.rules[h.ours], rules) && slices.Equal(f.jumps[h.ours], []string{parent}) {
 		return nil
 	}
 	var b strings.Builder
-	fmt.Fprintf(&b, "*filter\n:%s - [0:0]\n", iptChain)
+	fmt.Fprintf(&b, "*filter\n:%s - [0:0]\n", h.ours)
 	for _, r := range rules {
 		fmt.Fprintln(&b, r)
 	}
-	for _, chain := range f.jumps {
-		fmt.Fprintf(&b, "-D %s -j %s\n", chain, iptChain)
+	for _, chain := range f.jumps[h.ours] {
+		fmt.Fprintf(&b, "-D %s -j %s\n", chain, h.ours)
 	}
-	fmt.Fprintf(&b, "-I %s 1 -j %s\nCOMMIT\n", at.parent, iptChain)
-	_, err := t.run(at.tool+"-restore", b.String(), "--noflush")
+	fmt.Fprintf(&b, "-I %s 1 -j %s\nCOMMIT\n", parent, h.ours)
+	_, err := t.run(tool+"-restore", b.String(), "--noflush")
 	return err
 }
 
 // clear removes our chain from one table.
-func (t *iptables) clear(tool string, f filter) error {
-	if f.ours == nil && f.jumps == nil {
+func (t *iptables) clear(tool string, f filter, h hook) error {
+	if f.rules[h.ours] == nil && f.jumps[h.ours] == nil {
 		return nil
 	}
 	var b strings.Builder
-	fmt.Fprintf(&b, "*filter\n:%s - [0:0]\n", iptChain)
-	for _, chain := range f.jumps {
-		fmt.Fprintf(&b, "-D %s -j %s\n", chain, iptChain)
+	fmt.Fprintf(&b, "*filter\n:%s - [0:0]\n", h.ours)
+	for _, chain := range f.jumps[h.ours] {
+		fmt.Fprintf(&b, "-D %s -j %s\n", chain, h.ours)
 	}
-	fmt.Fprintf(&b, "-X %s\nCOMMIT\n", iptChain)
+	fmt.Fprintf(&b, "-X %s\nCOMMIT\n", h.ours)
 	_, err := t.run(tool+"-restore", b.String(), "--noflush")
 	return err
 }
@@ -245,10 +257,13 @@ func (t *iptables) remove() error {
 	for _, six := range []bool{false, true} {
 		for _, tool := range t.tools(six) {
 			f, err := t.read(tool)
-			if err == nil {
-				err = t.clear(tool, f)
+			if err != nil {
+				errs = append(errs, err)
+				continue
 			}
-			errs = append(errs, err)
+			for _, h := range hooks {
+				errs = append(errs, t.clear(tool, f, h))
+			}
 		}
 	}
 	t.in = nil

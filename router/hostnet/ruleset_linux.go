@@ -22,6 +22,7 @@ type wish struct {
 	docker  []string // Docker's bridges
 	udp     []uint16 // ports that containers must not reach
 	tcp     []uint16
+	dns     uint16         // port of the name server on Docker's bridges; 0: none
 	local   []uint16       // TCP ports on loopback that nobody outside must reach
 	within  netip.Prefix   // the address range of the mesh, if known
 	exposed []netip.Prefix // subnets, sorted
