@@ -240,8 +240,14 @@ func (f *Firewall) wish() (wish, error) {
 	return w, nil
 }
 
+// transaction bounds the bytes of one transaction, which is one message to the kernel, and of the answers to it.
+// The kernel counts its own overhead, and takes the memory only as it is needed.
+const transaction = 256 << 20
+
 func (f *Firewall) conn() (*nftables.Conn, error) {
-	return nftables.New(nftables.WithNetNSFd(int(f.host.ns.Fd())))
+	return nftables.New(nftables.WithNetNSFd(int(f.host.ns.Fd())), nftables.WithSockOptions(func(c *netlinkconn.Conn) error {
+		return errors.Join(c.SetWriteBuffer(transaction), c.SetReadBuffer(transaction))
+	}))
 }
 
 // write replaces a whole table in one transaction, so that no packet ever meets half of it.

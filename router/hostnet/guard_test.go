@@ -3,11 +3,13 @@ package hostnet
 import (
 	"bytes"
 	"encoding/binary"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -215,5 +217,30 @@ func TestGuard(t *testing.T) {
 	send(last)
 	if got = received(t, fd, last); !has(bad["another's IPv4"]) {
 		t.Error("without a guard frames are dropped")
+	}
+}
+
+// A thousand ports are one transaction, too.
+func TestGuardMany(t *testing.T) {
+	h, hostNS := newHost(t)
+	fw := h.NewFirewall(FirewallConfig{})
+	var ports []mesh.Port
+	for i := range 1000 {
+		p := testPort(i, fmt.Sprintf("10.2.%d.%d/16", i/200, i%200+1), fmt.Sprintf("fd00::%x/64", i+1))
+		p.HostEnd = h.HostEnd(p.Owner)
+		ports = append(ports, p)
+	}
+	start := time.Now()
+	if err := fw.Guard(ports); err != nil {
+		t.Fatal(err)
+	}
+	t.Log("written in", time.Since(start))
+	start = time.Now()
+	if err := fw.Apply(); err != nil {
+		t.Fatal(err)
+	}
+	t.Log("looked at in", time.Since(start))
+	if n := strings.Count(run(t, hostNS, "nft list chain bridge mesh guard"), "jump"); n != len(ports) {
+		t.Errorf("%d ports are guarded, want %d", n, len(ports))
 	}
 }
