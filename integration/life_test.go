@@ -89,6 +89,41 @@ func TestRestartWithFrames(t *testing.T) {
 	t.Log(w.end(p))
 }
 
+// TestRestartOnKernelPath is P6: meshd is stopped, killed and started again while 10,000 datagrams a second
+// cross the kernel path to and from its host's container.
+func TestRestartOnKernelPath(t *testing.T) {
+	w := newWorld(t, 2, scaled(90*time.Second, 10*time.Minute))
+	h1, h2 := w.Host(1), w.Host(2)
+	w.mesh()
+	c1 := w.netns(h1, "c1", "10.2.1.1/24")
+	c2 := w.netns(h2, "c2", "10.2.1.2/24")
+	_, err := c1.WaitPing(w.ctx, c2.addr, 5*time.Second)
+	w.try(err)
+	w.waitOverlay(h1, h2, "kernel", 30*time.Second)
+	w.rest(2 * time.Second) // flows are established
+	there, back := w.watch(c1, c2, 100*time.Microsecond), w.watch(c2, c1, 100*time.Microsecond)
+	for i := range scaled(5, 25) {
+		if i%5 == 4 {
+			w.try(h2.Kill(w.ctx, h2.Meshd(), syscall.SIGKILL))
+			w.try(lab.Until(w.ctx, 5*time.Second, "meshd to end", func() bool { return h2.Meshd() == 0 }))
+		} else {
+			_, err := h2.Must(w.ctx, "stop")
+			w.try(err)
+		}
+		w.rest(300 * time.Millisecond)
+		w.launch(h2, "--resume")
+		w.rest(1500 * time.Millisecond) // the next one may come before or after all is settled
+	}
+	w.waitOverlay(h1, h2, "kernel", 30*time.Second)
+	for name, p := range map[string]*watched{"there": there, "back": back} {
+		r := w.end(p)
+		t.Logf("%s: %v", name, r)
+		if r.Lost+r.Duplicated > 0 {
+			t.Errorf("%s: %d lost, %d duplicated", name, r.Lost, r.Duplicated)
+		}
+	}
+}
+
 // TestJoinTen starts ten peers at once and wants a full mesh.
 func TestJoinTen(t *testing.T) {
 	w := newWorld(t, 10, time.Minute)
