@@ -250,18 +250,14 @@ func (d *dialer) know(all []candidate, now time.Time) {
 			if len(c.addrs) == 0 || !d.makeRoom(now) {
 				continue
 			}
-			k = &knownPeer{hopeful: now.Add(capHopeful)}
-			// Both ends hear of each other: the higher name waits a little, so that they do not cross.
-			if c.name.Compare(d.self) < 0 {
-				k.retry.next = now.Add(d.vary(dialFirst / 2))
-			}
+			k = &knownPeer{reachable: c.reachable, hopeful: now.Add(capHopeful), retry: retry{next: d.soon(c.name, now)}}
 			d.known[c.name] = k
 		}
 		if c.reachable != k.reachable {
 			k.reachable = c.reachable
 			k.hopeful = now.Add(capHopeful)
-			if d.linked[c.name] == (netip.AddrPort{}) {
-				k.retry = retry{next: now.Add(time.Duration(d.rng.Int64N(int64(dialFirst / 2))))}
+			if _, linked := d.linked[c.name]; !linked {
+				k.retry = retry{next: d.soon(c.name, now)}
 			}
 		}
 		k.links, k.told = c.links, now
@@ -269,6 +265,26 @@ func (d *dialer) know(all []candidate, now time.Time) {
 			k.add(a)
 		}
 	}
+}
+
+// restarted takes note that the run which a link leads to is over, as others tell: the link is dialled anew
+// before it is found dead. It returns the address, if there is one to dial.
+func (d *dialer) restarted(name mesh.PeerName, now time.Time) (addr netip.AddrPort, ok bool) {
+	k := d.known[name]
+	if k == nil || len(k.addrs) == 0 || now.Before(k.retry.next) {
+		return addr, false
+	}
+	d.again(&k.retry, capRelayed, now)
+	return k.addrs[0], true
+}
+
+// soon is when to dial a peer of whom there is news. The other end has heard of us just as well: the
+// higher name waits a while, so that they do not cross.
+func (d *dialer) soon(name mesh.PeerName, now time.Time) time.Time {
+	if name.Compare(d.self) < 0 {
+		return now.Add(d.vary(dialFirst / 2))
+	}
+	return now.Add(time.Duration(d.rng.Int64N(int64(dialFirst / 10))))
 }
 
 // makeRoom reports whether another peer may be remembered. When there are too many, those go of whom
@@ -348,7 +364,7 @@ func (d *dialer) down(name mesh.PeerName, lived time.Duration, err error, now ti
 		k.retry.wait = 0
 	}
 	k.hopeful = now.Add(capHopeful)
-	k.retry.next = now.Add(d.vary(dialFirst / 4))
+	k.retry.next = d.soon(name, now)
 	for _, t := range d.targets {
 		if slices.Contains(t.addrs, addr) && lived >= dialAlive {
 			t.retry = retry{next: k.retry.next}

@@ -51,10 +51,23 @@ type loopState struct {
 	hinted    time.Time
 	again     map[mesh.PeerName]time.Time // whom to compare with again
 	conflict  time.Time
+	runs      map[mesh.PeerName]mesh.RunID
+	runsAt    uint64 // changes of the topology when runs was made
 	flags     []router.PeerFlags
 
 	syncCredit float64
 	syncAt     time.Time
+}
+
+// roster is the run that each peer is in, as the topology tells.
+func (s *loopState) roster(t *router.Topology) map[mesh.PeerName]mesh.RunID {
+	if changes := t.Changes(); s.runs == nil || changes != s.runsAt {
+		s.runs, s.runsAt = map[mesh.PeerName]mesh.RunID{}, changes
+		for _, p := range t.Roster() {
+			s.runs[p.Name] = p.Run
+		}
+	}
+	return s.runs
 }
 
 // step does whatever is due.
@@ -311,12 +324,21 @@ func (n *Node) dial(ctx context.Context, now time.Time, lookups *sync.WaitGroup)
 		return
 	}
 	s.dialled = now
+	roster := s.roster(n.topology)
 	n.mu.Lock()
 	if n.conflict != "" {
 		n.mu.Unlock()
 		return
 	}
 	addrs, hosts := n.dialer.step(now)
+	for name, ll := range n.book.live {
+		// A link that is new may be ahead of what is told about its peer.
+		if run, ok := roster[name]; ok && run != ll.link.Peer.Run && now.Sub(ll.since) > time.Second {
+			if a, ok := n.dialer.restarted(name, now); ok {
+				addrs = append(addrs, a)
+			}
+		}
+	}
 	n.mu.Unlock()
 	for _, a := range addrs {
 		n.under.Dial(a)
