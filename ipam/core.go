@@ -63,7 +63,6 @@ type core struct {
 	voter              *election.Voter
 	attemptAt          time.Duration
 	quorum             int
-	seedAt             time.Duration
 	acked              map[ring.ID]bool // whose addresses are frozen: we told a colleague what we know
 	losses             map[ring.ID]*loss
 	strays             map[ring.ID]int   // for how many looks one who left has owned something

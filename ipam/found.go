@@ -41,17 +41,13 @@ func (c *core) found() {
 	}
 }
 
-// foundBySeed divides the range among the seed, without asking, but not before the peers in reach have
-// had the time to say that there is a ring.
+// foundBySeed divides the range among the seed, without asking. But a founder that lost its state file
+// looks just like one that never had any, so first it hears out all peers in reach, or waits for the
+// grace time if there are none: whoever has the ring says so.
 func (c *core) foundBySeed() {
 	if c.now-c.birth < c.cfg.Grace {
-		if c.seedAt == 0 {
-			c.seedAt = c.now
-		}
-		others := slices.ContainsFunc(c.cfg.Init.Seed, func(n mesh.PeerName) bool { return n != c.cfg.Name })
 		alive := c.alivePeers()
-		quiet := slices.ContainsFunc(alive, func(n mesh.PeerName) bool { return !c.peers[n].heard })
-		if quiet || others && len(alive) == 0 {
+		if len(alive) == 0 || slices.ContainsFunc(alive, func(n mesh.PeerName) bool { return !c.peers[n].heard }) {
 			return
 		}
 	}

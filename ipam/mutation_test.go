@@ -1,0 +1,81 @@
+package ipam
+
+import (
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// mutations break the allocator on purpose. The simulation must notice every one of them: this is how we
+// know that it looks.
+var mutations = []struct {
+	name, file, old, new string
+	test                 string // that has to fail; empty: TestSimulation
+}{
+	{"takeovers do not raise the epoch", "ring/ring.go", "rise := uint32(1)\n", "rise := uint32(0)\n", ""},
+	{"the epoch does not count in merges", "ring/merge.go", "cmp.Or(cmp.Compare(a.epoch, b.epoch), ", "cmp.Or(", ""},
+	{"a failed write counts as done", "core.go", "func (c *core) settle(err error) []effect {\n", "func (c *core) settle(err error) []effect {\n\terr = nil\n", ""},
+	{"a takeover waits for nobody", "loss.go", "if names, _ := c.missing(id); len(names) > 0 {", "if names, _ := c.missing(id); len(names) > 1000 {", ""},
+	{"everybody who removes a peer takes its space", "loss.go", "if c.winner(id) != c.me || !c.serving", "if !c.serving", ""},
+	{"a fenced peer goes on", "members.go", "case m.Fenced():", "case m.Fenced() && false:", ""},
+	{"a restarted peer does not compare first", "members.go", "case missing > 0:\n\t\treturn\n\tcase c.founded ||", "case true ||", ""},
+	{"what runs is given to who asks for it", "space.go", "case h != nil:\n", "case h != nil && false:\n", ""},
+	{"blocks with used addresses are given away", "space.go", "c.holds.used.gaps(max(lo, s.lo), min(hi, s.hi), func(a, b uint64) {", "func(from, to uint64, f func(a, b uint64)) {\n\t\t\tif from < to {\n\t\t\t\tf(from, to)\n\t\t\t}\n\t\t}(max(lo, s.lo), min(hi, s.hi), func(a, b uint64) {", ""},
+	{"space is granted before it is on disk", "core.go", "if c.write != nil {\n\t\tc.setMeta(metaWrite, c.write.delta.Append(nil))\n\t} else", "if false {\n\t} else", ""},
+	{"the network's own address is handed out", "calls.go", "return lo + 1, hi", "return lo, hi", ""},
+	{"an old state file is not noticed", "members.go", "if seg.Owner != c.me {", "if seg.Owner != c.me && false {", "TestRestoredBackup"},
+	{"members' answers are not kept", "core.go", "return c.acked[owner] && !c.winner(owner).IsZero()", "return false && !c.winner(owner).IsZero()", ""},
+}
+
+// TestMutations builds each mutation with an overlay and runs the simulation until it fails.
+func TestMutations(t *testing.T) {
+	if os.Getenv("MESHD_LONG") == "" {
+		t.Skip("runs with MESHD_LONG=1 (make test-long)")
+	}
+	for _, m := range mutations {
+		t.Run(m.name, func(t *testing.T) {
+			src, err := os.ReadFile(m.file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if strings.Count(string(src), m.old) != 1 {
+				t.Fatalf("%s has %q %d times, want once", m.file, m.old, strings.Count(string(src), m.old))
+			}
+			dir := t.TempDir()
+			broken := filepath.Join(dir, "broken.go")
+			if err := os.WriteFile(broken, []byte(strings.Replace(string(src), m.old, m.new, 1)), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			abs, err := filepath.Abs(m.file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			overlay, _ := json.Marshal(map[string]map[string]string{"Replace": {abs: broken}})
+			list := filepath.Join(dir, "overlay.json")
+			if err := os.WriteFile(list, overlay, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			test := m.test
+			if test == "" {
+				test = "TestSimulation"
+			}
+			cmd := exec.Command("go", "test", "-overlay", list, "-run", "^"+test+"$", "-sim.seeds", "1000", "-sim.stop", "1", ".")
+			out, err := cmd.CombinedOutput()
+			if err == nil {
+				t.Fatalf("not caught:\n%s", out)
+			}
+			if !strings.Contains(string(out), "--- FAIL") {
+				t.Fatalf("it failed for another reason:\n%s", out)
+			}
+			for line := range strings.Lines(string(out)) {
+				if strings.Contains(line, "seed") {
+					t.Logf("caught: %s", strings.TrimSpace(line))
+					break
+				}
+			}
+		})
+	}
+}
