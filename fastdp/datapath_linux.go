@@ -18,7 +18,7 @@ import (
 )
 
 const (
-	tickEvery      = 100 * time.Millisecond
+	tickEvery      = 50 * time.Millisecond
 	usedEveryRead  = 250 * time.Millisecond // how often the peers' stamps are read
 	reconcileEvery = 500 * time.Millisecond
 	inUseFor       = time.Second

@@ -5,16 +5,18 @@ import (
 	"time"
 )
 
-// Timing of the probes. A path in use that breaks is left within usedEvery + lostAfter < 3 s, and one that
-// is not within that of its next use; one that
-// works again is taken within the longest retry + provenBy answers < 30 s.
+// Timing of the probes. A path in use that breaks is left after usedEvery + lostAfter, so that TCP moves
+// again within 3 s, its fourth retransmission at the latest; one that is not in use, within that of its next
+// use. One that works again is taken within the longest retry + provenBy answers < 30 s.
 const (
-	usedEvery    = 500 * time.Millisecond  // while frames are sent to the peer
-	idleMost     = 5 * time.Second         // while none are; less with few peers, see idleEvery
-	idleRate     = 200                     // probes of full size per second, to all idle peers together
-	missingEvery = 150 * time.Millisecond  // once an answer is overdue
-	overdueAfter = 200 * time.Millisecond  // beyond the usual round trip
-	lostAfter    = 2200 * time.Millisecond // from the first probe without answer
+	usedEvery    = 250 * time.Millisecond // while frames are sent to the peer
+	idleLeast    = 500 * time.Millisecond // while none are, with few peers
+	idleMost     = 5 * time.Second        // and with many, see idleEvery
+	idleRate     = 100                    // probes of full size per second, to all idle peers together
+	missingEvery = 75 * time.Millisecond  // once an answer is overdue
+	overdueAfter = 100 * time.Millisecond // beyond the usual round trip
+	lostAfter    = 900 * time.Millisecond // from the first probe without answer, and two round trips more
+	lostProbes   = 6                      // overdue by then: a starved meshd that sent fewer knows nothing
 	trialEvery   = 100 * time.Millisecond
 	trialFor     = 1500 * time.Millisecond
 	retryFirst   = time.Second
@@ -55,10 +57,10 @@ type path struct {
 	idle    time.Duration // between the probes while nothing is sent
 }
 
-// idleEvery is how often a path that nothing is sent on is probed: as often as one in use up to a hundred
+// idleEvery is how often a path that nothing is sent on is probed: twice a second up to fifty
 // peers, then so that all of them cost a few Mbit/s.
 func idleEvery(peers int) time.Duration {
-	return min(max(time.Duration(peers)*time.Second/idleRate, usedEvery), idleMost)
+	return min(max(time.Duration(peers)*time.Second/idleRate, idleLeast), idleMost)
 }
 
 type inFlight struct {
@@ -101,8 +103,8 @@ func (p *path) tick(now time.Time, used bool) (probes []probeSize) {
 		return []probeSize{full}
 	}
 	// Up. The first probe since the last answer tells how long there has been silence.
-	silentSince, silent := p.firstSince(p.heard[full])
-	if silent && now.Sub(silentSince) > lostAfter {
+	silentSince, overdue := p.unanswered(now)
+	if overdue >= lostProbes && now.Sub(silentSince) > lostAfter+2*p.rtt {
 		p.state, p.since, p.next, p.retry = waiting, now, now, retryFirst
 		return p.tick(now, used) // the first trial begins at once, and finds out what is wrong
 	}
@@ -113,7 +115,7 @@ func (p *path) tick(now time.Time, used bool) (probes []probeSize) {
 	due := p.next
 	if last, ok := p.last(); ok {
 		due = last.Add(every)
-		if silent && now.Sub(silentSince) > p.rtt+overdueAfter {
+		if overdue > 0 {
 			due = last.Add(missingEvery)
 		}
 	}
@@ -154,14 +156,19 @@ func (p *path) answer(now time.Time, nonce uint64, size probeSize) (changed bool
 	return false
 }
 
-// firstSince is when the oldest full-size probe that was sent after t and not answered was sent.
-func (p *path) firstSince(t time.Time) (time.Time, bool) {
+// unanswered counts the probes of full size that were sent since the last answer and should have been
+// answered by now, and says when the first of them was sent.
+func (p *path) unanswered(now time.Time) (first time.Time, overdue int) {
 	for _, f := range p.flight {
-		if f.size == full && f.sent.After(t) {
-			return f.sent, true
+		if f.size != full || !f.sent.After(p.heard[full]) || now.Sub(f.sent) <= p.rtt+overdueAfter {
+			continue
 		}
+		if overdue == 0 {
+			first = f.sent
+		}
+		overdue++
 	}
-	return time.Time{}, false
+	return first, overdue
 }
 
 func (p *path) last() (time.Time, bool) {

@@ -40,6 +40,15 @@ func (d *Datapath) attachPort(p Port) error {
 	if err != nil {
 		return err
 	}
+	for index, other := range d.ports {
+		if index == p.Index || other.MAC != p.MAC || p.MAC.IsZero() {
+			continue
+		}
+		// A container that was attached anew: its former interface is about to go, or has gone.
+		if err := d.detachPort(index); err != nil {
+			return err
+		}
+	}
 	delete(d.whole, p.Index)
 	d.ports[p.Index], d.veth[p.Index] = p, veth
 	if had && before.MAC != p.MAC && !before.Exempt {

@@ -31,9 +31,10 @@ func (d *Datapath) reconcileLocked() error {
 	c.Bridge, c.Tap = uint32(indexOf(d.cfg.Bridge)), uint32(indexOf(d.cfg.TAP))
 	before := c.Vxlan
 	if c.Vxlan = 0; !d.cfg.GuardOnly {
+		// Without it the ports are guarded all the same, and the paths say why they are not up.
 		index, err := ensureVXLAN(d.cfg.VXLAN, d.cfg.Port, d.cfg.MTU)
 		c.Vxlan = uint32(index)
-		errs = append(errs, err)
+		d.note("vxlan", err)
 	} else {
 		c.Self = 0
 	}

@@ -203,20 +203,32 @@ func TestRefusals(t *testing.T) {
 	if err := second.start(); err == nil || !strings.Contains(err.Error(), ErrBusy.Error()) {
 		t.Errorf("a second meshd: got %v, want %v", err, ErrBusy)
 	}
-	// The UDP port is taken by somebody else's device.
+	// The UDP port is taken by somebody else's device: the ports are guarded, the paths say why they are not
+	// up, and are once it is free.
 	other := l.host()
+	other.container("10.32.0.2/12")
 	l.ip("h2", "link add vxlan0 type vxlan id 5 dstport 6784 dev eth0 local 192.0.2.2 remote 192.0.2.9")
 	l.ip("h2", "link set vxlan0 up")
-	if err := other.start(); err == nil || !strings.Contains(err.Error(), "6784") {
-		t.Errorf("port taken: got %v", err)
+	if err := other.start(); err != nil {
+		t.Fatal(err)
 	}
-	if now := l.tree(other); strings.Contains(now, "mesh") {
-		t.Errorf("left:\n%s", now)
+	other.brief(nil)
+	h.brief(nil)
+	if p := other.look().Paths[0]; p.Up || !strings.Contains(p.Reason, "6784 is taken") {
+		t.Errorf("port taken: %+v", p)
 	}
+	if s := other.look().Status; s.Ports != 1 {
+		t.Errorf("port taken: %+v", s)
+	}
+	l.ip("h2", "link del vxlan0")
+	l.allUp(20 * time.Second)
 	// A device of another kind has our name.
 	third := l.host()
 	l.ip("h3", "link add mesh-vx type bridge")
-	if err := third.start(); err == nil || !strings.Contains(err.Error(), "type bridge") {
-		t.Errorf("name taken: got %v", err)
+	if err := third.start(); err != nil {
+		t.Fatal(err)
+	}
+	if f := third.look().Status.Fault; !strings.Contains(f, "type bridge") {
+		t.Errorf("name taken: got %q", f)
 	}
 }
