@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -24,19 +25,30 @@ type Allocator struct {
 	core *core // guarded by table.mu; between begin and settle only Run changes it
 
 	events  chan event
-	wake    chan struct{}
+	wake    chan struct{} // the ring or a peer's state has changed
 	stopped chan struct{}
 	dropped atomic.Uint64
+
+	statesMu sync.Mutex // guards states
+	states   []peerStateChange
 }
 
 // event is one thing for the core, handled on Run's goroutine with the lock held.
 type event func(c *core, now time.Time)
+
+type peerStateChange struct {
+	peer  mesh.PeerName
+	state PeerState
+}
 
 // Limits of the queue to Run. Messages beyond messageQueue are dropped, as the network might have done.
 const (
 	eventQueue   = 2048
 	messageQueue = 1024
 	maxBatch     = 512 // events in one write to disk
+
+	// After its context has ended a call waits this long for the reason; only a hanging disk takes longer.
+	diskPatience = 2 * time.Second
 )
 
 // New reads the state and starts nothing.
@@ -55,7 +67,7 @@ func New(cfg Config) (*Allocator, error) {
 	}
 	a := &Allocator{cfg: cfg, table: &Table{ring: r}, core: c,
 		events: make(chan event, eventQueue), wake: make(chan struct{}, 1), stopped: make(chan struct{})}
-	a.table.changed = a.ringChanged
+	a.table.changed = a.rouse
 	a.table.stranger = func(from mesh.PeerName, d ring.Delta) {
 		a.offer(func(c *core, _ time.Time) { c.strangeDelta(from, d) })
 	}
@@ -68,7 +80,7 @@ func New(cfg Config) (*Allocator, error) {
 // Table is what the gossip room spreads on mesh.ChanRing.
 func (a *Allocator) Table() *Table { return a.table }
 
-func (a *Allocator) ringChanged() {
+func (a *Allocator) rouse() {
 	select {
 	case a.wake <- struct{}{}:
 	default:
@@ -105,9 +117,12 @@ func (a *Allocator) Message(from mesh.PeerName, msg []byte) {
 	a.offer(func(c *core, now time.Time) { c.message(from, msg, now) })
 }
 
-// SetPeerState notes what the membership room says of a peer.
+// SetPeerState notes what the membership room says of a peer. It never blocks.
 func (a *Allocator) SetPeerState(p mesh.PeerName, s PeerState) {
-	a.queue(context.Background(), func(c *core, now time.Time) { c.peerState(p, s, now) })
+	a.statesMu.Lock()
+	a.states = append(a.states, peerStateChange{p, s})
+	a.statesMu.Unlock()
+	a.rouse()
 }
 
 // Run does the work until the context ends. It returns nil then, and calls that still wait get ErrStopped.
@@ -124,10 +139,23 @@ func (a *Allocator) Run(ctx context.Context) error {
 		case e := <-a.events:
 			first = e
 		case <-a.wake:
+			first = a.peerStates
 		case <-tick.C:
 		}
 		a.batch(first)
 	}
+}
+
+// peerStates handles what SetPeerState has left, and whatever else is under way.
+func (a *Allocator) peerStates(c *core, now time.Time) {
+	a.statesMu.Lock()
+	changes := a.states
+	a.states = nil
+	a.statesMu.Unlock()
+	for _, ch := range changes {
+		c.peerState(ch.peer, ch.state, now)
+	}
+	c.tick(now)
 }
 
 // batch hands the event and whatever else is queued to the core, and then does what came out of it, with
@@ -202,12 +230,15 @@ func (a *Allocator) do(ctx context.Context, call *call) (result, error) {
 		return result{}, fmt.Errorf("%s: %w", call, err)
 	}
 	ended := ctx.Done()
+	var late <-chan time.Time
 	for {
 		select {
 		case r := <-done:
 			return r, r.err
+		case <-late:
+			return result{}, fmt.Errorf("%s: %w (waiting for the disk)", call, context.Cause(ctx))
 		case <-ended:
-			ended = nil
+			ended, late = nil, time.After(diskPatience)
 			cause := context.Cause(ctx)
 			if err := a.queue(context.Background(), func(c *core, _ time.Time) { c.cancel(call, cause) }); err != nil {
 				return result{}, fmt.Errorf("%s: %w", call, err)
