@@ -87,6 +87,7 @@ type Node struct {
 	inbox    chan inMessage
 	wake     chan struct{}
 	counters counters
+	beat     atomic.Pointer[time.Time] // when the loop last came round
 
 	mu          sync.Mutex // guards all below; held for bookkeeping only, never across a call to another room
 	links       []router.LinkEvent
@@ -291,6 +292,15 @@ func (n *Node) Targets() []string {
 	return n.dialer.targetTexts()
 }
 
+// LastStep is when the loop last came round, which it does ten times a second: for a watchdog. It is the
+// zero time before Run.
+func (n *Node) LastStep() time.Time {
+	if at := n.beat.Load(); at != nil {
+		return *at // with its monotonic reading, so that a clock that is set does not matter
+	}
+	return time.Time{}
+}
+
 // Met lists where peers have been met, for a later run to remember.
 func (n *Node) Met() []netip.AddrPort {
 	n.mu.Lock()
@@ -368,7 +378,9 @@ func (n *Node) loop(ctx context.Context) {
 				n.handle(<-n.inbox)
 			}
 		}
-		n.step(ctx, time.Now(), &lookups)
+		now := time.Now()
+		n.beat.Store(&now)
+		n.step(ctx, now, &lookups)
 	}
 }
 

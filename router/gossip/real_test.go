@@ -43,6 +43,9 @@ func TestRealTime(t *testing.T) {
 		}
 		return nil
 	})
+	if age := time.Since(c.Peers[0].Node.LastStep()); age > 2*time.Second {
+		t.Errorf("the loop last came round %v ago", age)
+	}
 	if told.Load() == 0 {
 		t.Error("nobody was told of the peers")
 	}

@@ -366,7 +366,8 @@ func (h *Host) Dial(addr netip.AddrPort) {
 		to := n.hosts[addr]
 		ok := to != nil && to.handler != nil && n.passesLocked(h, to) && n.passesLocked(to, h)
 		if ok && n.loss > 0 {
-			ok = n.rng.Float64() > n.loss && n.rng.Float64() > n.loss
+			there, back := n.rng.Float64(), n.rng.Float64()
+			ok = min(there, back) > n.loss
 		}
 		again := !ok && tries < dialTries && !h.dead
 		if again {
