@@ -698,6 +698,28 @@ func TestListAndLookup(t *testing.T) {
 	}
 }
 
+// A container is renamed and another takes the name: what is said of the name is about the other.
+func TestRenamed(t *testing.T) {
+	w := newWorld(t)
+	m := w.manager()
+	first := w.start(1, 100, "web")
+	w.attach(m, "web", "10.2.1.1/24", "10.2.1.1/24")
+	c := w.containers[first]
+	c.Name = "/old"
+	w.containers[first] = c
+	if _, err := m.Detach(t.Context(), "web", nil); !errors.Is(err, docker.ErrNotFound) {
+		t.Errorf("nobody has the name: got %v", err)
+	}
+	second := w.start(2, 200, "web")
+	if _, err := m.Detach(t.Context(), "web", specs(t, "10.2.1.1/24")); !errors.Is(err, ErrNotAttached) {
+		t.Errorf("the other has the name: got %v", err)
+	}
+	w.attach(m, "web", "10.2.1.2/24", "10.2.1.2/24")
+	if list, err := m.List(t.Context(), []string{"old", "web"}); err != nil || len(list) != 2 || list[0].ID != first || list[1].ID != second {
+		t.Errorf("list is %+v, %v", list, err)
+	}
+}
+
 // What a container makes of its interface is not what it may send from.
 func TestPortsAreAsGiven(t *testing.T) {
 	w := newWorld(t)

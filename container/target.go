@@ -190,38 +190,23 @@ func (m *Manager) ownerByInode(inode uint64) string {
 	return ""
 }
 
-// known finds the record of what a user named without asking anybody: by the text, the full id or the name.
-func (m *Manager) known(text string) (record, bool) {
+// locate finds the owner of what a user named. Docker is asked about names, for containers are renamed; while
+// it is away, the name that was last seen and the start of an id will do.
+func (m *Manager) locate(ctx context.Context, text string) (owner string, err error) {
 	if path, ok := strings.CutPrefix(text, "netns:"); ok {
 		text = "netns:" + filepath.Clean(path)
 	}
 	name := strings.TrimPrefix(text, "/")
+	named, started := "", []string{}
 	for _, r := range m.all() {
-		if r.Owner == text || r.Target != "" && r.Target == text || r.Name != "" && r.Name == name {
-			return r, true
+		switch {
+		case r.Owner == text, r.Target != "" && r.Target == text:
+			return r.Owner, nil
+		case r.Name != "" && r.Name == name:
+			named = r.Owner
+		case text != "" && strings.HasPrefix(r.Owner, text) && r.Owner != mesh.OwnerExpose:
+			started = append(started, r.Owner)
 		}
-	}
-	return record{}, false
-}
-
-// knownByPrefix finds the only record whose owner starts so.
-func (m *Manager) knownByPrefix(text string) (owner string, ok bool) {
-	for _, r := range m.all() {
-		if text != "" && strings.HasPrefix(r.Owner, text) && r.Owner != mesh.OwnerExpose {
-			if ok {
-				return "", false
-			}
-			owner, ok = r.Owner, true
-		}
-	}
-	return owner, ok
-}
-
-// locate finds the owner of what a user named: from the records, from Docker, or, when that is away or
-// has removed the container, from the start of an id.
-func (m *Manager) locate(ctx context.Context, text string) (owner string, err error) {
-	if r, ok := m.known(text); ok {
-		return r.Owner, nil
 	}
 	if strings.HasPrefix(text, "pid:") || strings.HasPrefix(text, "netns:") {
 		t, err := m.find(ctx, text)
@@ -233,10 +218,15 @@ func (m *Manager) locate(ctx context.Context, text string) (owner string, err er
 		if derr == nil {
 			return c.ID, nil
 		}
-		err = derr
+		if err = derr; errors.Is(derr, docker.ErrNotFound) {
+			named = "" // whoever had the name has it no longer
+		}
 	}
-	if owner, ok := m.knownByPrefix(text); ok {
-		return owner, nil
+	switch {
+	case named != "":
+		return named, nil
+	case len(started) == 1:
+		return started[0], nil
 	}
 	return "", err
 }

@@ -126,13 +126,14 @@ func (f *Firewall) Apply() error {
 	}
 	want := w.ruleset()
 	inet := &nftables.Table{Family: nftables.TableFamilyINet, Name: f.host.cfg.Table}
+	var errs []error
 	if !reflect.DeepEqual(want, f.applied) || !f.intact(inet, want) {
-		if err := f.write(inet, want); err != nil {
-			return err
-		}
 		f.applied = want
+		if err := f.write(inet, want); err != nil {
+			f.applied, errs = nil, append(errs, err)
+		}
 	}
-	errs := []error{f.applyGuard(true), f.ipt.apply(w)}
+	errs = append(errs, f.applyGuard(true), f.ipt.apply(w))
 	f.legacy.Store(f.ipt.legacy())
 	return errors.Join(errs...)
 }
@@ -305,6 +306,8 @@ func (f *Firewall) Run(ctx context.Context) error {
 	defer func() { <-watch }()
 	tick := time.NewTicker(checkEvery)
 	defer tick.Stop()
+	gens := &generations{host: f.host}
+	defer gens.close()
 	var last uint32
 	checked := time.Now()
 	for {
@@ -316,14 +319,12 @@ func (f *Firewall) Run(ctx context.Context) error {
 				f.applyLogged()
 			}
 		case now := <-tick.C:
-			gen, err := f.generation()
+			gen := gens.now()
 			due := f.legacy.Load() && now.Sub(checked) >= legacyEvery
-			if err != nil || gen != last || due {
+			if gen == 0 || gen != last || due {
 				f.applyLogged()
-				checked = now
-				if last, err = f.generation(); err != nil {
-					last = 0
-				}
+				// As of before: what others did meanwhile, like what we wrote ourselves, is looked at next time.
+				checked, last = now, gen
 			}
 		}
 	}
@@ -347,14 +348,37 @@ func (f *Firewall) applyLogged() {
 	}
 }
 
-// generation asks for the number of the ruleset's last change (NFT_MSG_GETGEN).
-func (f *Firewall) generation() (uint32, error) {
-	c, err := netlinkconn.Dial(unix.NETLINK_NETFILTER, &netlinkconn.Config{NetNS: int(f.host.ns.Fd())})
-	if err != nil {
-		return 0, err
+// generations asks for the number of the ruleset's last change.
+type generations struct {
+	host *Host
+	conn *netlinkconn.Conn // nil: to be opened
+}
+
+func (g *generations) close() {
+	if g.conn != nil {
+		g.conn.Close()
+		g.conn = nil
 	}
-	defer c.Close()
-	replies, err := c.Execute(netlinkconn.Message{
+}
+
+// now is the number, never zero, or zero if the kernel does not say.
+func (g *generations) now() uint32 {
+	n, err := g.ask()
+	if err != nil {
+		g.close()
+		return 0
+	}
+	return n
+}
+
+func (g *generations) ask() (n uint32, err error) {
+	if g.conn == nil {
+		g.conn, err = netlinkconn.Dial(unix.NETLINK_NETFILTER, &netlinkconn.Config{NetNS: int(g.host.ns.Fd())})
+		if err != nil {
+			return 0, err
+		}
+	}
+	replies, err := g.conn.Execute(netlinkconn.Message{
 		Header: netlinkconn.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN, Flags: netlinkconn.Request},
 		Data:   []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, 0},
 	})

@@ -130,17 +130,16 @@ func TestForwardPolicyDrop(t *testing.T) {
 				wantPing(t, "from outside", s.to, "10.2.1.1", true)
 
 				with := run(t, s.hostNS, tool+" -S")
-				gen, err := s.fw.generation()
-				if err != nil {
-					t.Fatal(err)
-				}
+				gens := &generations{host: s.host}
+				defer gens.close()
+				gen := gens.now()
 				if err := s.fw.Apply(); err != nil {
 					t.Fatal(err)
 				}
 				if again := run(t, s.hostNS, tool+" -S"); again != with {
 					t.Errorf("the second time changed\n%s\nto\n%s", with, again)
 				}
-				if now, _ := s.fw.generation(); now != gen {
+				if now := gens.now(); now != gen || gen == 0 {
 					t.Error("applying again wrote something")
 				}
 				// The other backend has nothing of ours.

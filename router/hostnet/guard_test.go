@@ -111,11 +111,13 @@ func TestGuard(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	gen, _ := fw.generation()
+	gens := &generations{host: h}
+	defer gens.close()
+	gen := gens.now()
 	if err := fw.Guard([]mesh.Port{pa, pb}); err != nil {
 		t.Fatal(err)
 	}
-	if now, _ := fw.generation(); now != gen {
+	if now := gens.now(); now != gen || gen == 0 {
 		t.Error("the same guard is written again")
 	}
 	wantPing(t, "IPv4", a, "10.2.1.2", true)
