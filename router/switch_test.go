@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -352,6 +353,46 @@ func TestFramePathDoesNotAllocate(t *testing.T) {
 			t.Errorf("FromPeer, %s: %v allocations", name, n)
 		}
 	}
+}
+
+// Tables change while frames pass: for the race detector, and no frame may go where it never should.
+func TestSwitchWhileTablesChange(t *testing.T) {
+	s := testSwitch()
+	var wg sync.WaitGroup
+	stop := make(chan struct{})
+	for k := range 4 {
+		wg.Go(func() {
+			scratch := make([]byte, 128)
+			vm := mesh.MAC{0x52, 0x54, 0, 0, 0, byte(k)}
+			for i := 0; ; i++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				now := t0.Add(time.Duration(i) * time.Millisecond)
+				vm[4] = byte(i)
+				for _, f := range [][]byte{frame(mc(21), mc(11), 0x800), frame(broadcast, vm, 0x800), arp(1, broadcast, mc(11), "10.2.1.1", mesh.MAC{}, "10.2.1.2")} {
+					if d := s.FromBridge(f, scratch, now); d.Verdict == Deliver || d.Verdict == Unicast && d.Peer == me {
+						t.Errorf("%+v", d)
+					}
+				}
+				if d := s.FromPeer(frame(mc(11), vm, 1), pn(4), now); d.Verdict != Deliver {
+					t.Errorf("%+v", d)
+				}
+			}
+		})
+	}
+	moving := ep(2, 21, "10.2.1.2/24", "fd00::2/64")
+	for i := range 100 {
+		s.UpdateEndpoints(nil, []mesh.Endpoint{moving})
+		s.SetPeers([]PeerFlags{{Name: pn(2), Reachable: true}, {Name: pn(4), Reachable: i%2 == 0}, {Name: pn(10 + i), Reachable: true}})
+		s.UpdateEndpoints([]mesh.Endpoint{moving}, nil)
+		s.Expire(t0.Add(time.Duration(i) * time.Minute))
+		s.MACs()
+	}
+	close(stop)
+	wg.Wait()
 }
 
 // What our parser makes of a packet must be what gopacket makes of it. gopacket may panic on hostile

@@ -316,7 +316,11 @@ func (k *knownPeer) add(a netip.AddrPort) {
 	k.addrs = append(k.addrs, a)
 }
 
+// dialable excludes what leads nowhere. An IPv6 link-local address needs a zone, which does not travel.
 func dialable(a netip.AddrPort) bool {
+	if a.Addr().Is6() && a.Addr().IsLinkLocalUnicast() && a.Addr().Zone() == "" {
+		return false
+	}
 	return a.IsValid() && a.Port() != 0 && !a.Addr().IsUnspecified() && !a.Addr().IsMulticast()
 }
 

@@ -317,11 +317,12 @@ func (n *Node) Update(change func(*router.Peer)) {
 }
 
 // Accept judges a peer that has proven its key, before there is a link: whoever takes a live peer's name
-// is refused, and whoever exceeds the limit on links, unless it is reached in no other way. The text of
-// the error is for the operators of both.
-func (n *Node) Accept(hello router.Hello, _ netip.AddrPort) error {
+// is refused, and whoever exceeds the limit on links, unless it is a target of ours or reached in no
+// other way. The text of the error is for the operators of both.
+func (n *Node) Accept(hello router.Hello, addr netip.AddrPort) error {
 	n.mu.Lock()
 	conflict, links, linked := n.conflict, len(n.book.live), n.book.live[hello.Name] != nil
+	asked := n.dialer.wanted(addr)
 	for _, ev := range n.links { // not taken in yet
 		if ev.State == router.LinkUp {
 			links++
@@ -337,7 +338,7 @@ func (n *Node) Accept(hello router.Hello, _ netip.AddrPort) error {
 		return fmt.Errorf("the name %v belongs to %s, who is alive and has another key: start %s with another --name",
 			hello.Name, known.NickName, hello.NickName)
 	}
-	if n.cfg.ConnLimit > 0 && links >= n.cfg.ConnLimit && reachable && !linked {
+	if n.cfg.ConnLimit > 0 && links >= n.cfg.ConnLimit && reachable && !linked && !asked {
 		return fmt.Errorf("%s has %d connections, which is its limit", n.cfg.Self.NickName, links)
 	}
 	return nil
