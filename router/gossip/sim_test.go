@@ -17,6 +17,8 @@ import (
 
 var (
 	seedFlag  = flag.Uint64("seed", 0, "seed of the simulations; 0: a few fixed ones")
+	seedsFlag = flag.Int("seeds", 0, "how many seeds the simulations run with; 0: a few")
+	cutFlag   = flag.Duration("cut", 3*time.Hour, "how long TestForgottenHalves keeps the halves apart")
 	peersFlag = flag.Int("peers", 0, "run TestScale with so many peers")
 )
 
@@ -26,7 +28,9 @@ func seeds(t *testing.T, n int, run func(t *testing.T, seed uint64)) {
 		synctest.Test(t, func(t *testing.T) { run(t, *seedFlag) })
 		return
 	}
-	if testing.Short() {
+	if *seedsFlag > 0 {
+		n = *seedsFlag
+	} else if testing.Short() {
 		n = 1
 	}
 	for seed := range n {
@@ -75,6 +79,26 @@ func TestPartition(t *testing.T) {
 			time.Sleep(20 * time.Second)
 		}
 		t.Logf("%+v", c.Net.Stats())
+	})
+}
+
+// The halves are apart for longer than peers are remembered: nobody knows the other half any more, but for
+// the addresses where it was.
+func TestForgottenHalves(t *testing.T) {
+	seeds(t, 1, func(t *testing.T, seed uint64) {
+		c := simnet.NewCluster(t, simnet.Options{Seed: seed})
+		defer c.Stop()
+		c.StartAll(6)
+		c.Until("full mesh", 10*time.Second, fullMesh(c))
+		c.Net.Split(c.Hosts(0, 3), c.Hosts(3, 6))
+		time.Sleep(*cutFlag)
+		for _, p := range c.Peers {
+			if got := len(p.Node.Topology().Peers()); *cutFlag > time.Hour && got != 3 {
+				t.Errorf("%v knows %d peers, want 3", p.Name, got)
+			}
+		}
+		c.Net.HealAll()
+		t.Logf("cut for %v: whole after %v", *cutFlag, c.Until("whole", 30*time.Second, func() error { return simnet.Whole(c.Peers) }))
 	})
 }
 
@@ -151,6 +175,9 @@ func TestFlappingLink(t *testing.T) {
 				changes, flaps := 0, 0
 				last, _ := a.Node.Routes().NextHop(b.Name)
 				cycles := 20
+				if period > time.Minute {
+					cycles = 5
+				}
 				for range cycles {
 					for _, cut := range []bool{true, false} {
 						if cut {
