@@ -24,6 +24,7 @@ type Topology struct {
 	me      Peer
 	links   [][]PeerLink // own links; links[i] is page i+1
 	version uint32       // the last one used
+	lastID  mesh.ShortID // the last short id that we had, of an earlier run perhaps
 	peers   map[mesh.PeerName]*entry
 	byKey   map[uint64]*record
 	changes uint64      // counts what may alter routes or states
@@ -68,7 +69,7 @@ func NewTopology(self Peer) *Topology {
 		byKey:   map[uint64]*record{},
 		foreign: map[mesh.RunID]*foreignRun{},
 	}
-	t.me.Incarnation = 1
+	t.me.Incarnation, t.lastID = 1, self.ShortID
 	t.drawShortIDLocked()
 	t.stampLocked(0)
 	return t
@@ -255,7 +256,6 @@ func (t *Topology) Merge(_ mesh.PeerName, delta []byte) (news []byte, err error)
 		t.storeLocked(e, r)
 		news = appendRecord(news, r)
 		if r.id.page == 0 && r.peer.ShortID == t.me.ShortID && r.peer.ShortID != 0 && r.id.peer.Compare(t.self) < 0 {
-			t.me.ShortID = 0
 			t.drawShortIDLocked()
 			news = appendRecord(news, t.stampLocked(0))
 		}
@@ -507,9 +507,9 @@ func (t *Topology) Reach(now time.Time, limit Patience, reachable func(mesh.Peer
 	return out
 }
 
-// drawShortIDLocked keeps the short id that the peer has, or draws one that nobody is known to use. The
-// draw follows from the name, so that a restarted peer gets the same again if it is free. When two peers
-// drew the same, the lower name keeps it: see Merge.
+// drawShortIDLocked keeps the short id that the peer has or last had, or draws one that nobody is known to
+// use. The draw follows from the name, so that a restarted peer gets the same again if it is free. When two
+// peers drew the same, the lower name keeps it: see Merge.
 func (t *Topology) drawShortIDLocked() {
 	if t.me.Flags&FlagKernel == 0 {
 		t.me.ShortID = 0
@@ -521,20 +521,20 @@ func (t *Topology) drawShortIDLocked() {
 			used[e.base.peer.ShortID] = true
 		}
 	}
-	if !used[t.me.ShortID] {
-		return
-	}
-	t.me.ShortID = 0
-	if len(used) > int(mesh.MaxShortID) {
-		return // more peers than ids: this one uses the userspace path
-	}
-	h := hash64(hashStart, t.self[:])
-	for {
-		h = mix64(h + 1)
-		if id := mesh.ShortID(h) & mesh.MaxShortID; !used[id] {
-			t.me.ShortID = id
-			return
+	switch {
+	case !used[t.me.ShortID]:
+	case !used[t.lastID]:
+		t.me.ShortID = t.lastID
+	case len(used) > int(mesh.MaxShortID):
+		t.me.ShortID = 0 // more peers than ids: this one uses the userspace path
+	default:
+		for h := hash64(hashStart, t.self[:]); used[t.me.ShortID]; {
+			h = mix64(h + 1)
+			t.me.ShortID = mesh.ShortID(h) & mesh.MaxShortID
 		}
+	}
+	if t.me.ShortID != 0 {
+		t.lastID = t.me.ShortID
 	}
 }
 

@@ -166,6 +166,21 @@ func TestShortIDCollision(t *testing.T) {
 	if off.Self().ShortID != 0 {
 		t.Error("a peer without the kernel path keeps a short id")
 	}
+	off.Update(func(p *Peer) { p.Flags = FlagKernel })
+	if got := off.Self().ShortID; got != 77 {
+		t.Errorf("with the kernel path again it has %d, want the one from before", got)
+	}
+	// As many peers as there are ids: the last one goes without, and the draw ends.
+	full := NewTopology(newPeer(1))
+	for i := 2; i < 2+int(mesh.MaxShortID); i++ {
+		p := newPeer(i)
+		p.Flags, p.ShortID = FlagKernel, mesh.ShortID(i-1)
+		merge(t, full, all(NewTopology(p)))
+	}
+	full.Update(func(p *Peer) { p.Flags = FlagKernel })
+	if got := full.Self().ShortID; got != 0 {
+		t.Errorf("got short id %d that another peer has", got)
+	}
 }
 
 func TestUnreachablePeersAreSuspectedThenForgotten(t *testing.T) {
