@@ -504,6 +504,9 @@ func (h *house) onHost(s hostnet.State) {
 		if err := h.host.Restore(h.bridgeSpec()); err != nil {
 			h.log.Warn("cannot put the bridge back", "err", err)
 		}
+		if err := h.host.ReopenTAP(h.tap); err != nil {
+			h.log.Error("the userspace path carries nothing", "err", err)
+		}
 	}
 	h.gossip.Update(func(p *router.Peer) {
 		if p.Flags &^= router.FlagForeign; len(s.Foreign) > 0 {

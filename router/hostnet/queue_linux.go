@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"sync/atomic"
 )
 
 // VNetHdrLen is the size of struct virtio_net_hdr, which starts every buffer of a Queue:
@@ -20,20 +21,47 @@ var ErrNoOffload = errors.New("this TAP takes no superframes")
 
 // Queue is one queue of the TAP. Read and Write move whole frames behind a VNetHdrLen header.
 type Queue struct {
-	file   *os.File
-	header bool    // the kernel reads and writes the header; else Read makes one up and Write obeys it
-	try    tryRead // owned by the reader
+	header bool // the kernel reads and writes the header; else Read makes one up and Write obeys it
+
+	file   atomic.Pointer[os.File] // another one once the device was made anew
+	closed atomic.Bool
+
+	try tryRead // owned by the reader
+}
+
+func newQueue(file *os.File, header bool) *Queue {
+	q := &Queue{header: header}
+	q.file.Store(file)
+	return q
+}
+
+// replace goes on with another descriptor. A read that waits at the old one goes over to it.
+func (q *Queue) replace(file *os.File) {
+	_ = q.file.Swap(file).Close()
+	if q.closed.Load() {
+		_ = file.Close()
+	}
+}
+
+// read is one read, at whichever descriptor is the queue's.
+func (q *Queue) read(buf []byte) (int, error) {
+	for {
+		file := q.file.Load()
+		if n, err := file.Read(buf); err == nil || q.file.Load() == file {
+			return n, err
+		}
+	}
 }
 
 // Read waits for one frame. It returns os.ErrClosed after Close.
 func (q *Queue) Read(buf []byte) (int, error) {
 	if q.header {
-		return q.file.Read(buf)
+		return q.read(buf)
 	}
 	if len(buf) < VNetHdrLen {
 		return 0, io.ErrShortBuffer
 	}
-	n, err := q.file.Read(buf[VNetHdrLen:])
+	n, err := q.read(buf[VNetHdrLen:])
 	clear(buf[:VNetHdrLen])
 	if n > 0 {
 		n += VNetHdrLen
@@ -45,13 +73,13 @@ func (q *Queue) Read(buf []byte) (int, error) {
 // the header leaves open, in buf itself.
 func (q *Queue) Write(buf []byte) (int, error) {
 	if q.header {
-		return q.file.Write(buf)
+		return q.file.Load().Write(buf)
 	}
 	frame, err := finishFrame(buf)
 	if err != nil {
 		return 0, err
 	}
-	if _, err := q.file.Write(frame); err != nil {
+	if _, err := q.file.Load().Write(frame); err != nil {
 		return 0, err
 	}
 	return len(buf), nil
@@ -59,7 +87,8 @@ func (q *Queue) Write(buf []byte) (int, error) {
 
 // Close ends reads and writes that wait. It may be called twice.
 func (q *Queue) Close() error {
-	if err := q.file.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
+	q.closed.Store(true)
+	if err := q.file.Load().Close(); err != nil && !errors.Is(err, os.ErrClosed) {
 		return err
 	}
 	return nil

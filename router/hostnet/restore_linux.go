@@ -8,8 +8,7 @@ import (
 )
 
 // Restore puts back what State.Missing tells of: it makes the bridge if somebody removed it, gives devices
-// their names back, and puts the TAP and the ports onto it again. A TAP that is gone stays so, for its queues are gone with it: their
-// reads fail, and meshd starts anew.
+// their names back, and puts the TAP and the ports onto it again. A TAP that is gone is for ReopenTAP.
 func (h *Host) Restore(want BridgeSpec) error {
 	if _, err := h.EnsureBridge(want); err != nil {
 		return err

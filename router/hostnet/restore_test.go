@@ -2,6 +2,7 @@ package hostnet
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -46,6 +47,66 @@ func TestRestore(t *testing.T) {
 		wantLinks(t, ns, "mesh", "mesh-tap", h.HostEnd(testPort(1).Owner), h.HostEnd(testPort(2).Owner))
 		eventually(t, "ping after "+c, func() bool { return pings(a, "10.2.1.2") })
 	}
+}
+
+// TestReopenTAP removes the TAP while somebody reads from it.
+func TestReopenTAP(t *testing.T) {
+	h, ns := newHost(t)
+	inside := newNamespace(t)
+	if err := h.AttachPort(inside, testPort(1, "10.2.1.1/24")); err != nil {
+		t.Fatal(err)
+	}
+	tap, err := h.OpenTAP(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := tap.Queues()[0]
+	ended := make(chan error, 1)
+	frames := make(chan bool, 1)
+	go func() {
+		buf := make([]byte, 70000)
+		for {
+			switch _, err := q.Read(buf); {
+			case errors.Is(err, os.ErrClosed):
+				ended <- err
+				return
+			case err == nil:
+				_, _ = q.TryRead(buf)
+				select {
+				case frames <- true:
+				default:
+				}
+			default:
+				<-time.After(time.Millisecond) // as its user does: the device may come back
+			}
+		}
+	}()
+	for range 3 {
+		for range 2 {
+			if err := h.ReopenTAP(tap); err != nil {
+				t.Fatal(err)
+			}
+		}
+		select {
+		case <-frames: // from before
+		default:
+		}
+		eventually(t, "a frame from the bridge", func() bool {
+			pings(inside, "10.2.1.9") // nobody: its ARP is flooded
+			return len(frames) > 0
+		})
+		run(t, ns, "ip link del mesh-tap")
+	}
+	if err := h.ReopenTAP(tap); err != nil {
+		t.Fatal(err)
+	}
+	if err := tap.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; !errors.Is(err, os.ErrClosed) {
+		t.Errorf("Read after Close: %v", err)
+	}
+	wantLinks(t, ns, "mesh", "mesh-tap", h.HostEnd(testPort(1).Owner))
 }
 
 func TestPortRenamed(t *testing.T) {

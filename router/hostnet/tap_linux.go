@@ -54,6 +54,27 @@ func (h *Host) OpenTAP(queues int) (*TAP, error) {
 	return t, nil
 }
 
+// ReopenTAP makes the device anew if somebody removed it, which takes the descriptors of its queues with it.
+// The queues stay the same: what failed at them meanwhile works again. It is for one goroutine at a time.
+func (h *Host) ReopenTAP(t *TAP) error {
+	l, err := h.link(h.cfg.TAP)
+	if err != nil {
+		return fmt.Errorf("TAP %s: %w", h.cfg.TAP, err)
+	}
+	if l != nil && l.Attrs().Index == t.Index {
+		return nil
+	}
+	fresh, err := h.OpenTAP(len(t.queues))
+	if err != nil {
+		return err
+	}
+	for i, q := range t.queues {
+		q.replace(fresh.queues[i].file.Load())
+	}
+	t.Index = fresh.Index
+	return nil
+}
+
 func (h *Host) openTAP(queues int) (*TAP, error) {
 	if queues < 1 || queues > 256 { // MAX_TAP_QUEUES
 		return nil, fmt.Errorf("%d queues: must be 1 to 256", queues)
@@ -198,7 +219,7 @@ func openQueue(name string) (*Queue, Offload, error) {
 		setOffload(func(bits int) error { return unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, bits) }, &o)
 	}
 	// Only now under Go's poller: a descriptor without a device polls as broken.
-	return &Queue{file: os.NewFile(uintptr(fd), tunDevice), header: o.VNetHdr}, o, nil
+	return newQueue(os.NewFile(uintptr(fd), tunDevice), o.VNetHdr), o, nil
 }
 
 func setIff(fd int, name string, flags uint16) error {

@@ -10,23 +10,24 @@ import (
 
 // tryRead is a read that does not wait. It is made once, for a closure per frame would be an allocation.
 type tryRead struct {
-	raw syscall.RawConn
-	buf []byte
-	n   int
-	err error
-	f   func(fd uintptr) bool
+	file *os.File // that raw belongs to
+	raw  syscall.RawConn
+	buf  []byte
+	n    int
+	err  error
+	f    func(fd uintptr) bool
 }
 
 // TryRead is Read without waiting: 0, nil when no frame is there, os.ErrClosed after Close. Only the goroutine that calls Read may
 // call it.
 func (q *Queue) TryRead(buf []byte) (int, error) {
 	t := &q.try
-	if t.f == nil {
-		raw, err := q.file.SyscallConn()
+	if file := q.file.Load(); t.file != file {
+		raw, err := file.SyscallConn()
 		if err != nil {
 			return 0, err
 		}
-		t.raw, t.f = raw, t.read
+		t.file, t.raw, t.f = file, raw, t.read
 	}
 	at := 0
 	if !q.header {
@@ -38,6 +39,9 @@ func (q *Queue) TryRead(buf []byte) (int, error) {
 	t.buf, t.n, t.err = buf[at:], 0, nil
 	err := t.raw.Read(t.f)
 	t.buf = nil
+	if err != nil && q.file.Load() != t.file {
+		return 0, nil // the next Read sees the device that was made anew
+	}
 	if err != nil {
 		return 0, os.ErrClosed // the only reason why a read that never waits is not tried
 	}
