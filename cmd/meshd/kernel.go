@@ -29,18 +29,19 @@ func newKernelPath(h *house) *kernelPath {
 	return &kernelPath{h: h, log: h.log, wake: make(chan struct{}, 1)}
 }
 
-// open starts the kernel path. A kernel that lacks something is no error: off says what it is.
+// open starts the kernel path. A kernel that lacks something is no error: off says what it is. What an earlier
+// meshd left in the kernel goes on without us, and in clear: where we do not take it over, it has to go.
 func (k *kernelPath) open(cfg fastdp.Config, disabled bool) error {
 	if disabled {
 		k.off = "switched off by --no-fastdp"
-		return nil
+		return k.clear(cfg)
 	}
 	dp, err := fastdp.Open(cfg)
 	switch {
 	case errors.Is(err, fastdp.ErrNotSupported):
 		k.off = err.Error()
 		k.log.Warn("the userspace path serves alone", "err", err)
-		return nil
+		return k.clear(cfg)
 	case err != nil:
 		return err
 	}
@@ -49,6 +50,16 @@ func (k *kernelPath) open(cfg fastdp.Config, disabled bool) error {
 		k.h.gossip.Update(func(p *router.Peer) { p.Flags |= router.FlagKernel })
 	}
 	return nil
+}
+
+// clear removes what an earlier meshd left. With a password (GuardOnly) meshd does not start beside that.
+func (k *kernelPath) clear(cfg fastdp.Config) error {
+	err := resetKernelPath(cfg)
+	if err != nil && !cfg.GuardOnly {
+		k.log.Warn("what is left of the kernel path stays", "err", err)
+		return nil
+	}
+	return err
 }
 
 // poke has everything told anew soon.
