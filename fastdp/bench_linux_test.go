@@ -102,7 +102,7 @@ func TestScale(t *testing.T) {
 		t.Logf("map %s: %d KiB", name, n>>10)
 	}
 	t.Logf("%v per frame with 6 endpoints, %v with 65,000 and %d peers; %d MiB; filled in %v", few, many, maxPeers, memory>>20, filled)
-	if many > 2*few+50*time.Nanosecond {
+	if many > 2*few+50*time.Nanosecond && !slowMachine {
 		t.Errorf("a frame costs %v, want about the %v of an empty mesh", many, few)
 	}
 	if memory > 64<<20 {

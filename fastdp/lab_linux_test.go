@@ -452,6 +452,9 @@ func (h *labHost) drops(allowed ...string) {
 
 // eventually looks every 20 ms.
 func eventually(within time.Duration, cond func() bool) bool {
+	if slowMachine {
+		within *= 6
+	}
 	deadline := time.After(within)
 	ticker := time.NewTicker(20 * time.Millisecond)
 	defer ticker.Stop()
