@@ -346,6 +346,55 @@ func TestStateFileOfOtherSettings(t *testing.T) {
 	}
 }
 
+// TestRestart stops and starts allocators on a real state file.
+func TestRestart(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state.db")
+	want := make(map[string]netip.Prefix)
+	for round := range 4 {
+		s, err := store.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a, err := New(Config{Name: peerName(1), Range: netip.MustParsePrefix("10.32.0.0/24"), Store: s, Network: plug{newWire(t), peerName(1)}, Grace: 300 * time.Millisecond})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan error)
+		go func() { done <- a.Run(ctx) }()
+		for owner, p := range want {
+			if got := a.Lookup(owner, netip.Prefix{}); len(got) != 1 || got[0] != p {
+				t.Errorf("round %d: %s has %v, want %v", round, owner, got, p)
+			}
+			if got, err := a.Allocate(ctx, owner, netip.Prefix{}); err != nil || got != p {
+				t.Errorf("round %d: %s got %v, %v, want %v again", round, owner, got, err, p)
+			}
+		}
+		for i := range 10 {
+			owner := fmt.Sprintf("c%d.%d", round, i)
+			p, err := a.Allocate(ctx, owner, netip.Prefix{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			want[owner] = p
+		}
+		if err := a.ReleaseAll(ctx, fmt.Sprintf("c%d.0", round)); err != nil {
+			t.Fatal(err)
+		}
+		delete(want, fmt.Sprintf("c%d.0", round))
+		cancel()
+		<-done
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	addrs := slices.Collect(maps.Values(want))
+	slices.SortFunc(addrs, func(a, b netip.Prefix) int { return a.Addr().Compare(b.Addr()) })
+	if n := len(slices.Compact(addrs)); n != len(want) {
+		t.Errorf("%d addresses for %d owners", n, len(want))
+	}
+}
+
 func TestConfig(t *testing.T) {
 	good := Config{Name: peerName(1), Range: netip.MustParsePrefix("10.32.0.0/12")}
 	if c, err := good.check(); err != nil || c.DefaultSubnet != good.Range {

@@ -391,6 +391,9 @@ func (c *core) peerState(name mesh.PeerName, s PeerState, t time.Time) {
 		delete(c.answered, name)
 		c.dropAsks(name)
 	}
+	if s == Gone {
+		delete(c.strangers, name)
+	}
 	c.advance()
 }
 
@@ -440,7 +443,7 @@ func (c *core) begin() map[string]map[string][]byte {
 	}
 	if c.write != nil {
 		c.setMeta(metaWrite, c.write.delta.Append(nil))
-	} else if c.meta[metaWrite] != nil {
+	} else if c.enabled() && c.meta[metaWrite] != nil {
 		c.setMeta(metaWrite, nil) // the ring's keys say it now
 	}
 	if len(c.dirtyMeta) > 0 {

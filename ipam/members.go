@@ -229,7 +229,10 @@ func (c *core) answerCompare(from mesh.PeerName, m *message) {
 	}
 	sender := ring.ID{Peer: from, Life: m.life}
 	if m.flags&flagFence != 0 && !c.ring.Member(sender).Active() {
-		return // it has to hear first what became of it
+		// Either it has to hear first what became of it, or we have not heard of it yet.
+		c.send(from, &message{kind: kindCompared, members: c.ring.MembersDigest()})
+		c.sendFacts(from, c.delta(c.ring.Members()...), 0)
+		return
 	}
 	reply := &message{kind: kindCompared}
 	for _, it := range m.items {
