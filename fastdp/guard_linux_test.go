@@ -305,3 +305,36 @@ func TestStorm(t *testing.T) {
 		t.Error("the storm is not on the port's account")
 	}
 }
+
+// Two hosts connected twice, by the tunnel and by a link that somebody put on both bridges: nothing goes
+// round, nothing arrives twice.
+func TestSecondLink(t *testing.T) {
+	l := newLab(t)
+	a, b := l.host().container("10.32.0.1/12"), l.host().container("10.32.0.2/12")
+	a.knows(b)
+	b.knows(a)
+	l.ip("h1", fmt.Sprintf("link add link2 mtu 1410 type veth peer name link2 mtu 1410 netns %sh2", l.prefix))
+	l.startAll()
+	for _, h := range l.hosts {
+		name := fmt.Sprintf("h%d", h.n)
+		l.ip(name, "link set link2 master mesh up")
+		h.tell(order{Op: "attach", Port: Port{Index: l.index(name, "link2"), Exempt: true}})
+	}
+	quiet(a, b)
+	before := b.received()
+	r := l.stream(a, b, time.Millisecond)
+	const n = 500
+	frame := ether(all, a.port.MAC, 0x0806, arp(1, a.port.MAC, "10.32.0.1", mesh.MAC{}, "10.32.0.9")...)
+	a.sendFrames(t, slices.Repeat([][]byte{frame}, n)...)
+	if !eventually(3*time.Second, func() bool { return l.hosts[1].nonZero()["drop_looped"] >= n }) {
+		t.Errorf("%d frames came round and were dropped, want %d", l.hosts[1].nonZero()["drop_looped"], n)
+	}
+	if got := r.stop(); got.Got != got.Sent || got.Twice != 0 {
+		t.Error(got)
+	} else if extra := b.received() - before - got.Got; extra > 20 { // the namespaces' own
+		t.Errorf("%d frames more than were sent", extra)
+	}
+	if dropped := l.hosts[0].nonZero()["drop_looped"]; dropped > 20 {
+		t.Errorf("%d frames came back to where they were sent", dropped)
+	}
+}

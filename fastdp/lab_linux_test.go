@@ -253,13 +253,18 @@ func (h *labHost) container(addrs ...string) *labContainer {
 		l.ip(name, "addr add "+a+" dev ethmesh"+nodad)
 	}
 	l.ip(name, "link set ethmesh up")
-	var link []struct{ Ifindex int }
-	if err := json.Unmarshal([]byte(l.ip(host, "-j link show "+c.veth)), &link); err != nil || len(link) != 1 {
-		l.t.Fatalf("index of %s: %v", c.veth, err)
-	}
-	c.port.Index = link[0].Ifindex
+	c.port.Index = l.index(host, c.veth)
 	h.cts = append(h.cts, c)
 	return c
+}
+
+func (l *lab) index(name, dev string) int {
+	l.t.Helper()
+	var link []struct{ Ifindex int }
+	if err := json.Unmarshal([]byte(l.ip(name, "-j link show "+dev)), &link); err != nil || len(link) != 1 {
+		l.t.Fatalf("index of %s: %v", dev, err)
+	}
+	return link[0].Ifindex
 }
 
 func (c *labContainer) ip(command string) string {
