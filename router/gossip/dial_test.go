@@ -328,7 +328,7 @@ func TestLinkBook(t *testing.T) {
 		t.Error("a new link is damped")
 	}
 	// Short lives: each time back it is damped for longer.
-	for i, want := range []time.Duration{2, 4, 8, 16, 32, 60, 60} {
+	for i, want := range []time.Duration{1, 1, 1, 4, 8, 16, 32, 60, 60} {
 		now = now.Add(10 * time.Second)
 		b.down(pn(2), now)
 		if len(b.links(now)) != 0 {

@@ -8,14 +8,22 @@ import (
 	"meshd/router"
 )
 
-// A link that went down is damped when it comes back: published as unsteady, and so the last choice, for
-// dampFirst after the first time and twice as long after each further one, up to dampMost. A minute of
-// steady life makes up for one fall. A link to another run of the peer starts afresh: that was a restart.
+// A link that went down is damped when it comes back: published as unsteady, and so the last choice. That
+// lasts dampFirst after the first three falls, so that a repaired path is taken back soon, then four
+// seconds, and twice as long after each further fall, up to dampMost. A minute of steady life makes up for
+// one fall. A link to another run of the peer starts afresh: that was a restart.
 const (
-	dampFirst  = 2 * time.Second
+	dampFirst  = time.Second
 	dampMost   = time.Minute
 	steadyTime = time.Minute
 )
+
+func damping(falls int) time.Duration {
+	if falls <= 3 {
+		return dampFirst
+	}
+	return min(dampFirst<<min(falls-2, 10), dampMost)
+}
 
 // Round trips are measured on busy hosts, which make them look long, and every change travels to every
 // peer. So what is published goes up at most once in rttPause, to the least that was measured meanwhile;
@@ -61,7 +69,7 @@ func (b *linkBook) up(l router.Link, now time.Time) {
 	if old := b.live[name]; old != nil && old.link.Peer.Run == l.Peer.Run {
 		ll.since, ll.steadyAt = old.since, old.steadyAt
 	} else if past := b.past[name]; past != nil && past.run == l.Peer.Run && past.falls > 0 {
-		ll.steadyAt = now.Add(min(dampFirst<<min(past.falls-1, 10), dampMost))
+		ll.steadyAt = now.Add(damping(past.falls))
 	}
 	b.live[name] = ll
 	b.publish(ll, now)
