@@ -27,8 +27,8 @@ func TestEnsureBridge(t *testing.T) {
 		now := dump(t, ns)
 		if i == 0 {
 			before = now
-		} else if now != before {
-			t.Errorf("the second time changed\n%s\nto\n%s", before, now)
+		} else if diff := changes(before, now); diff != "" {
+			t.Errorf("the second time changed\n%s", diff)
 		}
 	}
 	if !strings.Contains(before, "mtu 1410") || !strings.Contains(before, "mcast_snooping 0") {

@@ -135,6 +135,23 @@ func dump(t *testing.T, ns *os.File) string {
 
 var timers = regexp.MustCompile(`[a-z_]+_timer +[0-9.]+ `)
 
+// changes lists the lines that differ between two dumps.
+func changes(before, after string) string {
+	var out strings.Builder
+	was, is := strings.Split(before, "\n"), strings.Split(after, "\n")
+	for _, line := range was {
+		if !slices.Contains(is, line) {
+			out.WriteString("- " + line + "\n")
+		}
+	}
+	for _, line := range is {
+		if !slices.Contains(was, line) {
+			out.WriteString("+ " + line + "\n")
+		}
+	}
+	return out.String()
+}
+
 // eventually waits until f says yes, for at most 5 s.
 func eventually(t *testing.T, what string, f func() bool) {
 	t.Helper()

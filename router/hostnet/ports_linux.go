@@ -179,6 +179,9 @@ func dress(inside *netlink.Handle, end netlink.Link, mtu int, p mesh.Port) error
 	if err := inside.LinkSetUp(end); err != nil {
 		return fmt.Errorf("set %s up: %w", attrs.Name, err)
 	}
+	if err := awaitLocal6(inside, p.Addrs); err != nil {
+		return err
+	}
 	if p.NoMulticastRoute {
 		return nil
 	}
@@ -247,6 +250,25 @@ func awaitCarrier(nl *netlink.Handle, dev netlink.Link) error {
 		}
 		if now.Attrs().OperState == netlink.OperUp {
 			break
+		}
+	}
+	return nil
+}
+
+// awaitLocal6 waits until the kernel takes packets for the IPv6 addresses, which it arranges for in the
+// background even without duplicate detection.
+func awaitLocal6(inside *netlink.Handle, addrs []netip.Prefix) error {
+	start := time.Now()
+	for _, a := range addrs {
+		for a.Addr().Is6() && time.Since(start) < carrierWait {
+			routes, err := inside.RouteGet(a.Addr().AsSlice())
+			if err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
+				break
+			}
+			if err != nil && !errors.Is(err, unix.ENETUNREACH) && !errors.Is(err, unix.EHOSTUNREACH) {
+				return fmt.Errorf("look up the route to %v: %w", a.Addr(), err)
+			}
+			time.Sleep(time.Millisecond)
 		}
 	}
 	return nil
