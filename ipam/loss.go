@@ -20,6 +20,7 @@ const (
 type loss struct {
 	answers  map[ring.ID]answer // the last one of every member
 	askedAt  time.Duration
+	tookAt   time.Duration
 	finished bool
 	taken    int // addresses that came to us
 }
@@ -31,7 +32,7 @@ func (c *core) fence(id ring.ID) {
 	c.learn(c.delta(ring.Member{ID: id, Fences: []ring.ID{c.me}}))
 	c.freeze(id)
 	if c.losses[id] == nil {
-		c.losses[id] = &loss{answers: make(map[ring.ID]answer), askedAt: c.now - fenceEvery}
+		c.losses[id] = &loss{answers: make(map[ring.ID]answer), askedAt: c.now - fenceEvery, tookAt: c.now - fenceEvery}
 	}
 }
 
@@ -153,10 +154,14 @@ func (c *core) collect(id ring.ID) {
 		l.finished = true
 		return
 	}
-	if c.winner(id) != c.me || !c.serving || c.full() {
+	if c.winner(id) != c.me || !c.serving || c.full() || c.now-l.tookAt < fenceEvery {
 		return
 	}
 	d := c.ring.Takeover(id, c.me)
+	l.tookAt = c.now
+	if len(d.Segments) == 0 { // no higher stamp is left
+		return
+	}
 	n := 0
 	for _, s := range d.Segments {
 		n += int(s.Len())

@@ -62,8 +62,11 @@ func TestMutations(t *testing.T) {
 			if test == "" {
 				test = "TestSimulation"
 			}
-			cmd := exec.Command("go", "test", "-overlay", list, "-run", "^"+test+"$", "-sim.seeds", "1000", "-sim.stop", "1", ".")
-			out, err := cmd.CombinedOutput()
+			binary := filepath.Join(dir, "broken.test")
+			if out, err := exec.CommandContext(t.Context(), "go", "test", "-c", "-overlay", list, "-o", binary, ".").CombinedOutput(); err != nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+			out, err := exec.CommandContext(t.Context(), binary, "-test.run", "^"+test+"$", "-sim.seeds", "200", "-sim.stop", "1").CombinedOutput()
 			if err == nil {
 				t.Fatalf("not caught:\n%s", out)
 			}

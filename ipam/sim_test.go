@@ -1076,6 +1076,7 @@ func runSeeds(t *testing.T, seeds int, run func(seed int64) *world) {
 				}
 				if w.err != nil {
 					failures++
+					fmt.Fprintf(os.Stderr, "seed %d: %v\n", seed, w.err) // at once: the run may be long
 					t.Errorf("seed %d (go test ./ipam -run %s -sim.seed %d): %v", seed, t.Name(), seed, w.err)
 				}
 				mu.Unlock()
