@@ -119,7 +119,7 @@ func TestKillOneOfEight(t *testing.T) {
 
 // TestKillAtRandom is P2: a random peer is killed and started again every two seconds.
 func TestKillAtRandom(t *testing.T) {
-	hosts, lasting := scaled(6, 12), scaled(14*time.Second, 10*time.Minute)
+	hosts, lasting := scaled(6, 12), scaled(10*time.Second, 10*time.Minute)
 	w := newWorld(t, hosts, lasting+90*time.Second)
 	random := seeded(t)
 	w.mesh()
@@ -282,7 +282,7 @@ func TestFlappingLink(t *testing.T) {
 
 // TestLossyUnderlay is P8: loss is not taken for death.
 func TestLossyUnderlay(t *testing.T) {
-	lasting := scaled(15*time.Second, 30*time.Minute)
+	lasting := scaled(8*time.Second, 30*time.Minute)
 	w := newWorld(t, 3, lasting+time.Minute)
 	w.mesh()
 	for i, a := range w.Hosts {
@@ -318,7 +318,7 @@ func TestLossyUnderlay(t *testing.T) {
 
 // TestStarvedHost is P9: a host whose processors are busy is slow, not dead.
 func TestStarvedHost(t *testing.T) {
-	lasting := scaled(10*time.Second, 10*time.Minute)
+	lasting := scaled(8*time.Second, 10*time.Minute)
 	w := newWorld(t, 3, lasting+time.Minute)
 	w.mesh()
 	h3 := w.Host(3)

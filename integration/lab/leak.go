@@ -170,11 +170,11 @@ func (before Snapshot) Diff(after Snapshot) []string {
 	return diff
 }
 
-// WaitSame takes snapshots until one equals s, for at most ten tries, and reports the difference of the
+// WaitSame takes snapshots until one equals s, for about five seconds, and reports the difference of the
 // last one. What the kernel removes in the background gets the time for it.
 func (h *Host) WaitSame(ctx context.Context, s Snapshot) error {
 	var diff []string
-	for try := range 10 {
+	for try := range 25 {
 		if try > 0 {
 			if err := pause(ctx, 200); err != nil {
 				return err

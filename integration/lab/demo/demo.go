@@ -170,6 +170,9 @@ func (d *demo) talk(ctx context.Context) error {
 func (d *demo) ping(ctx context.Context, from, to int) error {
 	const count = 10
 	got, out, err := d.containers[from].Ping(ctx, d.addrs[to], count, 56)
+	if err == nil && got != count { // a busy machine is given a second chance
+		got, out, err = d.containers[from].Ping(ctx, d.addrs[to], count, 56)
+	}
 	if err == nil && got != count {
 		err = fmt.Errorf("%d of %d pings from %s to %s were answered:\n%s", got, count, containerNames[from], containerNames[to], out)
 	}
