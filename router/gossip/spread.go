@@ -10,13 +10,14 @@ import (
 
 // A change is passed on by everybody who hears of it for the first time, in spreadRounds rounds, each to
 // spreadFanout peers drawn anew: nine copies a peer, which misses one peer in eight thousand, and digests
-// find that one. The first round goes out at once.
+// find that one. The first round goes out at once, spaced just enough to share messages.
 const (
 	spreadRounds   = 3
 	spreadFanout   = 3
 	spreadInterval = 100 * time.Millisecond
-	spreadBudget   = 16   // messages to one peer in one round
-	spreadQueue    = 4096 // rumours held
+	spreadFirst    = 20 * time.Millisecond // between first rounds
+	spreadBudget   = 16                    // messages to one peer in one round
+	spreadQueue    = 4096                  // rumours held
 )
 
 // rumour is a change on its way.
@@ -30,7 +31,9 @@ type rumour struct {
 // spreader queues rumours. It is owned by the loop.
 type spreader struct {
 	queue   []*rumour
-	last    time.Time
+	fresh   int       // how many of the queue, at its end, have not been told yet
+	first   time.Time // last first round
+	last    time.Time // last round of all
 	dropped uint64
 }
 
@@ -41,10 +44,11 @@ func (s *spreader) add(ch mesh.Channel, body []byte, from mesh.PeerName) {
 		s.dropped++
 	}
 	s.queue = append(s.queue, &rumour{ch, body, from, spreadRounds})
+	s.fresh = min(s.fresh+1, len(s.queue))
 }
 
 func (s *spreader) due(now time.Time) bool {
-	return len(s.queue) > 0 && now.Sub(s.last) >= spreadInterval
+	return len(s.queue) > 0 && now.Sub(s.last) >= spreadInterval || s.fresh > 0 && now.Sub(s.first) >= spreadFirst
 }
 
 // letter is one message to one peer.
@@ -53,13 +57,21 @@ type letter struct {
 	msg []byte
 }
 
-// round draws the peers of one round and writes what they are to be told.
+// round draws the peers of one round and writes what they are to be told: everything, or between the rounds
+// of all just what nobody has been told yet.
 func (s *spreader) round(now time.Time, peers []mesh.PeerName, rng *rand.Rand) (out []letter) {
-	s.last = now
+	var old []*rumour
+	if now.Sub(s.last) < spreadInterval {
+		old = s.queue[:len(s.queue)-s.fresh]
+	} else {
+		s.last = now
+	}
+	s.first = now
+	queue := s.queue[len(old):]
 	chosen := draw(peers, spreadFanout, rng)
 	told := 0 // rumours from the front that every chosen peer's budget covers
 	for i, to := range chosen {
-		msgs, n := bundle(s.queue, to, spreadBudget)
+		msgs, n := bundle(queue, to, spreadBudget)
 		for _, m := range msgs {
 			out = append(out, letter{to, m})
 		}
@@ -68,10 +80,11 @@ func (s *spreader) round(now time.Time, peers []mesh.PeerName, rng *rand.Rand) (
 		}
 	}
 	if len(chosen) == 0 {
-		told = len(s.queue) // nobody to tell: whoever comes later compares digests
+		told = len(queue) // nobody to tell: whoever comes later compares digests
 	}
-	kept := s.queue[:0]
-	for i, r := range s.queue {
+	kept := s.queue[:len(old)]
+	s.fresh = 0
+	for i, r := range queue {
 		if i < told {
 			r.rounds--
 			if len(peers) <= spreadFanout || len(chosen) == 0 {
@@ -83,6 +96,9 @@ func (s *spreader) round(now time.Time, peers []mesh.PeerName, rng *rand.Rand) (
 		}
 		if r.rounds > 0 {
 			kept = append(kept, r)
+		}
+		if i >= told {
+			s.fresh++ // beyond what fits; told next, even if some of it was told before
 		}
 	}
 	clear(s.queue[len(kept):])
