@@ -30,10 +30,6 @@ func (p *Proxy) create(w http.ResponseWriter, r *http.Request, version string) {
 	}
 	if len(bytes.TrimSpace(body)) > 0 { // without one the daemon has its own words for it
 		body, err = p.rewriteCreate(r.Context(), body, version, r.URL.Query().Get("name"))
-		if theirs := (*reply)(nil); errors.As(err, &theirs) {
-			theirs.send(w)
-			return
-		}
 		if err != nil {
 			refuse(w, http.StatusBadRequest, "meshd: %v", err)
 			return
@@ -46,8 +42,7 @@ func (p *Proxy) create(w http.ResponseWriter, r *http.Request, version string) {
 	p.backend.forward(w, r)
 }
 
-// rewriteCreate returns the body of a create request as it is to be, for a container called name. The error
-// is a *reply when the daemon itself refuses.
+// rewriteCreate returns the body of a create request as it is to be, for a container called name.
 func (p *Proxy) rewriteCreate(ctx context.Context, body []byte, version, name string) ([]byte, error) {
 	req, err := parseObject(body)
 	if err != nil {
@@ -64,9 +59,13 @@ func (p *Proxy) rewriteCreate(ctx context.Context, body []byte, version, name st
 	if err != nil {
 		return nil, err
 	}
-	img, err := p.image(ctx, req, version)
+	found, err := p.image(ctx, req, version)
 	if err != nil {
 		return nil, err
+	}
+	var img image
+	if found != nil {
+		img = *found
 	}
 	var env []string
 	if _, err := req.get("Env", &env); err != nil {
@@ -82,7 +81,7 @@ func (p *Proxy) rewriteCreate(ctx context.Context, body []byte, version, name st
 	labels[LabelAddrs] = addrs
 	steps := []func() error{
 		func() error { return req.set("Labels", labels) },
-		func() error { return p.setEntrypoint(req, host, img) },
+		func() error { return p.setEntrypoint(req, host, found) },
 		func() error { return p.setNames(req, host, labels, name) },
 		func() error { return req.set("HostConfig", host) },
 	}
@@ -200,33 +199,30 @@ func (w *words) UnmarshalJSON(b []byte) error {
 	return json.Unmarshal(b, (*[]string)(w))
 }
 
-// image asks the daemon for the image of a create request. If it does not give it, its answer is that to
-// the create too: a client that reads "no such image" pulls it and comes again.
-func (p *Proxy) image(ctx context.Context, req *object, version string) (image, error) {
+// image asks the daemon for the image of a create request. nil means that there is none, which the daemon has
+// its own words for; a client that reads them pulls the image and comes again.
+func (p *Proxy) image(ctx context.Context, req *object, version string) (*image, error) {
 	var name string
-	if _, err := req.get("Image", &name); err != nil {
-		return image{}, err
-	}
-	if name == "" {
-		return image{}, nil // the daemon has its own words for it
+	if _, err := req.get("Image", &name); err != nil || name == "" {
+		return nil, err
 	}
 	// A name has slashes, which stay; what could leave the path or begin a query does not.
 	path := version + "/images/" + strings.ReplaceAll(url.PathEscape(name), "%2F", "/") + "/json"
 	r, err := p.backend.call(ctx, http.MethodGet, path)
 	if err != nil {
-		return image{}, fmt.Errorf("inspect image %q: %w", name, err)
+		return nil, fmt.Errorf("inspect image %q: %w", name, err)
 	}
 	if r.code != http.StatusOK {
-		return image{}, r
+		return nil, nil
 	}
-	var doc struct{ Config *image }
+	doc := struct{ Config *image }{&image{}}
 	if err := json.Unmarshal(r.body, &doc); err != nil {
-		return image{}, fmt.Errorf("inspect image %q: %w", name, err)
+		return nil, fmt.Errorf("inspect image %q: %w", name, err)
 	}
-	if doc.Config == nil {
-		return image{}, nil
+	if doc.Config == nil { // null
+		doc.Config = &image{}
 	}
-	return *doc.Config, nil
+	return doc.Config, nil
 }
 
 // waits reports whether an entrypoint is one of ours, as in an image made of a container of ours.
@@ -259,9 +255,13 @@ func command(req *object, img image) (entry, cmd words, err error) {
 	return entry, append(words{}, cmd...), nil
 }
 
-// setEntrypoint puts the waiter before the command.
-func (p *Proxy) setEntrypoint(req, host *object, img image) error {
-	entry, cmd, err := command(req, img)
+// setEntrypoint puts the waiter before the command. Without an image there is nothing to start; should it come
+// before the daemon looks, its own entrypoint counts and nobody waits.
+func (p *Proxy) setEntrypoint(req, host *object, img *image) error {
+	if img == nil {
+		return nil
+	}
+	entry, cmd, err := command(req, *img)
 	if err != nil {
 		return err
 	}

@@ -2,13 +2,13 @@ package proxy
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -32,7 +32,7 @@ const (
 	copyBuffer  = 64 << 10
 )
 
-func newBackend(cfg Config) (*backend, error) {
+func newBackend(cfg Config, log *slog.Logger) (*backend, error) {
 	network, addr, err := splitEndpoint(cfg.Docker)
 	if err != nil {
 		return nil, fmt.Errorf("docker at %q: %w", cfg.Docker, err)
@@ -66,6 +66,7 @@ func newBackend(cfg Config) (*backend, error) {
 		FlushInterval: -1,
 		BufferPool:    &bufferPool{},
 		ErrorHandler:  b.unreachable,
+		ErrorLog:      slog.NewLogLogger(log.Handler(), slog.LevelDebug), // streams that end early
 	}
 	return b, nil
 }
@@ -235,15 +236,11 @@ func copyHalf(dst, src net.Conn, buffered *bufio.Reader) {
 	}
 }
 
-// reply is an answer of the daemon to a question of the proxy's own. As an error it is a refusal.
+// reply is an answer of the daemon to a question of the proxy's own.
 type reply struct {
 	code   int
 	header http.Header
 	body   []byte
-}
-
-func (r *reply) Error() string {
-	return fmt.Sprintf("Docker says: %d %s", r.code, bytes.TrimSpace(r.body[:min(len(r.body), 1024)]))
 }
 
 // send passes the answer on to a client.

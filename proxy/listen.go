@@ -63,6 +63,10 @@ func listenUnix(path, like string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, err
 	}
+	// When the daemon is away its socket would pass for a stale one of ours.
+	if resolve(path) == resolve(like) {
+		return nil, errors.New("that is Docker's own socket")
+	}
 	switch st, err := os.Lstat(path); {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
@@ -97,4 +101,13 @@ func listenUnix(path, like string) (net.Listener, error) {
 		return nil, err
 	}
 	return l, nil
+}
+
+// resolve gives a socket's path without symbolic links on the way to it.
+func resolve(path string) string {
+	dir, err := filepath.EvalSymlinks(filepath.Dir(path))
+	if err != nil {
+		return path
+	}
+	return filepath.Join(dir, filepath.Base(path))
 }

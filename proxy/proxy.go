@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"regexp"
-	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -29,14 +28,29 @@ type Proxy struct {
 	backend    *backend
 	containers Containers
 	log        *slog.Logger
-	ready      chan struct{} // closed when every address is listened on
-
-	mu        sync.Mutex
-	addresses []string // listened on, in the order of Config.Listen
+	listeners  []net.Listener // in the order of Config.Listen
 }
 
-// New builds the proxy and touches nothing.
-func New(cfg Config, containers Containers, log *slog.Logger) (*Proxy, error) {
+// Listen builds the proxy and listens. It does not need the daemon to be there: requests are refused until
+// it is.
+func Listen(cfg Config, containers Containers, log *slog.Logger) (*Proxy, error) {
+	p, err := newProxy(cfg, containers, log)
+	if err != nil {
+		return nil, err
+	}
+	for _, endpoint := range p.cfg.Listen {
+		l, err := listen(endpoint, p.cfg)
+		if err != nil {
+			p.Close()
+			return nil, fmt.Errorf("proxy: %w", err)
+		}
+		p.listeners = append(p.listeners, l)
+	}
+	return p, nil
+}
+
+// newProxy touches nothing.
+func newProxy(cfg Config, containers Containers, log *slog.Logger) (*Proxy, error) {
 	if len(cfg.Listen) == 0 {
 		return nil, errors.New("proxy: no address to listen on")
 	}
@@ -46,43 +60,24 @@ func New(cfg Config, containers Containers, log *slog.Logger) (*Proxy, error) {
 			cfg.HostnameReplacement = "$1"
 		}
 	}
-	b, err := newBackend(cfg)
+	b, err := newBackend(cfg, log)
 	if err != nil {
 		return nil, fmt.Errorf("proxy: %w", err)
 	}
-	return &Proxy{cfg: cfg, backend: b, containers: containers, log: log, ready: make(chan struct{})}, nil
+	return &Proxy{cfg: cfg, backend: b, containers: containers, log: log}, nil
 }
 
-// Run listens and serves until ctx is done; streams that are open then are cut. It does not need the
-// daemon to be there: requests are refused until it is.
+// Run serves until ctx is done, and closes; streams that are open then are cut.
 func (p *Proxy) Run(ctx context.Context) error {
-	var listeners []net.Listener
-	closeAll := func() {
-		for _, l := range listeners {
-			l.Close()
-		}
-	}
-	for _, endpoint := range p.cfg.Listen {
-		l, err := listen(endpoint, p.cfg)
-		if err != nil {
-			closeAll()
-			return fmt.Errorf("proxy: %w", err)
-		}
-		listeners = append(listeners, l)
-		p.mu.Lock()
-		p.addresses = append(p.addresses, address(l))
-		p.mu.Unlock()
-	}
 	g, ctx := errgroup.WithContext(ctx)
 	p.backend.run = ctx
-	close(p.ready)
 	server := &http.Server{
 		Handler:           p,
 		ReadHeaderTimeout: headerTimeout,
 		ErrorLog:          slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
 		BaseContext:       func(net.Listener) context.Context { return ctx },
 	}
-	for _, l := range listeners {
+	for _, l := range p.listeners {
 		g.Go(func() error {
 			p.log.Info("Docker proxy listens", "addr", address(l))
 			if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
@@ -100,14 +95,23 @@ func (p *Proxy) Run(ctx context.Context) error {
 	return err
 }
 
-// Ready is closed when every address is listened on.
-func (p *Proxy) Ready() <-chan struct{} { return p.ready }
+// Close ends listening; Run does it too.
+func (p *Proxy) Close() error {
+	var errs []error
+	for _, l := range p.listeners {
+		if err := l.Close(); !errors.Is(err, net.ErrClosed) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
 
 // Addresses is where the proxy listens, for DOCKER_HOST.
-func (p *Proxy) Addresses() []string {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return append([]string(nil), p.addresses...)
+func (p *Proxy) Addresses() (all []string) {
+	for _, l := range p.listeners {
+		all = append(all, address(l))
+	}
+	return all
 }
 
 func address(l net.Listener) string {

@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -119,18 +120,13 @@ func start(t *testing.T, change func(*Config)) *bench {
 	if change != nil {
 		change(&cfg)
 	}
-	p, err := New(cfg, b.containers, slog.New(slog.NewTextHandler(t.Output(), nil)))
+	p, err := Listen(cfg, b.containers, slog.New(slog.NewTextHandler(t.Output(), nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- p.Run(ctx) }()
-	select {
-	case <-p.Ready():
-	case err := <-done:
-		t.Fatal(err)
-	}
 	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", b.socket)
 	}}
@@ -192,6 +188,7 @@ func TestCreate(t *testing.T) {
 		{"empty entrypoint, as the daemon reads it", "", `{"Image":"tool","Entrypoint":[],"Cmd":["ls"]}`, outcome{waiter, []string{"ls"}, "net:10.5.0.0/16", "", "mesh.internal"}},
 		{"image of a container of ours", "", `{"Image":"mine"}`, outcome{with("/tool"), []string{"help"}, "", "", "mesh.internal"}},
 		{"no command", "", `{"Image":"bare"}`, outcome{nil, nil, "", "", "mesh.internal"}},
+		{"missing image", "", `{"Image":"missing","Cmd":["ls"]}`, outcome{nil, nil, "", "", "mesh.internal"}},
 		{"variable removed", "", `{"Image":"tool","Env":["MESH_CIDR"]}`, outcome{with("/tool"), []string{"help"}, "", "", "mesh.internal"}},
 		{"image of a container of ours, opted out", "", `{"Image":"mine","Env":["MESH_CIDR=none"]}`, outcome{[]string{"/tool"}, []string{"help"}, "none", "", ""}},
 		{"image of a container of ours without entrypoint, opted out", "", `{"Image":"mine-sh","Env":["MESH_CIDR=none"]}`, outcome{[]string{""}, []string{"sh"}, "none", "", ""}},
@@ -261,10 +258,6 @@ func TestCreateRefuses(t *testing.T) {
 		if json.Unmarshal([]byte(answer), &doc) != nil || code != http.StatusBadRequest || !strings.HasPrefix(doc.Message, "meshd: ") {
 			t.Errorf("%.80s: got %d %s", body, code, answer)
 		}
-	}
-	// What the daemon says of the image is what it would say of the container.
-	if code, answer := b.post(t, "/containers/create", `{"Image":"missing","Cmd":["ls"]}`); code != http.StatusNotFound || answer != `{"message":"No such image"}`+"\n" {
-		t.Errorf("missing image: got %d %s", code, answer)
 	}
 	if b.daemon.created != nil {
 		t.Errorf("the daemon got %s", b.daemon.created)
@@ -400,15 +393,19 @@ func TestListenRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer first.Close()
+	if err := os.Symlink(".", dir+"/here"); err != nil {
+		t.Fatal(err)
+	}
 	for endpoint, want := range map[string]string{
-		"unix://" + dir + "/a.sock": "another process listens",
-		"unix://" + dir:             "no socket",
-		"unix://relative":           "absolute",
-		"http://x":                  "neither",
-		"tcp://0.0.0.0:0":           "root on this host",
-		"nonsense":                  "neither",
+		"unix://" + dir + "/here/a.sock": "another process listens",
+		"unix://" + dir:                  "no socket",
+		"unix://relative":                "absolute",
+		"unix://" + dir + "/d.sock":      "Docker's own",
+		"http://x":                       "neither",
+		"tcp://0.0.0.0:0":                "root on this host",
+		"nonsense":                       "neither",
 	} {
-		l, err := listen(endpoint, Config{})
+		l, err := listen(endpoint, Config{Docker: "unix://" + dir + "/here/d.sock"})
 		if err == nil {
 			l.Close()
 			t.Errorf("%s: listens", endpoint)

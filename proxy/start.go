@@ -62,7 +62,7 @@ func (p *Proxy) start(w http.ResponseWriter, r *http.Request, version, name stri
 	defer cancelStop()
 	killed, kerr := p.backend.call(stop, http.MethodPost, version+"/containers/"+url.PathEscape(c.ID)+"/kill")
 	if kerr == nil && killed.code >= 400 && killed.code != http.StatusConflict && killed.code != http.StatusNotFound {
-		kerr = killed // the two say that it does not run any more
+		kerr = fmt.Errorf("Docker says: %.300s", killed.body) // the two say that it does not run any more
 	}
 	if kerr != nil {
 		p.log.Warn("cannot stop the container", "container", c.ID, "err", kerr)

@@ -327,7 +327,7 @@ func (h *house) buildContainers() error {
 		}
 		cfg.Docker = h.docker
 	}
-	if d.Proxy.On && d.API != "" {
+	if d.API != "" { // also when the proxy is off by now, for what it made waits
 		cfg.Wanted, cfg.WantedLabel = h.wanted, proxy.LabelAddrs
 	}
 	var err error
@@ -354,7 +354,7 @@ func (h *house) buildContainers() error {
 	if pc.TLS, err = proxyTLS(p); err != nil {
 		return err
 	}
-	h.proxy, err = proxy.New(pc, containers{h.containers}, h.log.With("room", "proxy"))
+	h.proxy, err = proxy.Listen(pc, containers{h.containers}, h.log.With("room", "proxy"))
 	return err
 }
 
@@ -536,6 +536,9 @@ func (h *house) close() {
 	var errs []error
 	if h.control != nil {
 		errs = append(errs, h.control.Close())
+	}
+	if h.proxy != nil {
+		errs = append(errs, h.proxy.Close())
 	}
 	if h.docker != nil {
 		errs = append(errs, h.docker.Close())
