@@ -286,6 +286,9 @@ func messages(count int, dst net.Addr) []ipv4.Message {
 
 // roundTrips sends a datagram there and back again and again, and gives the times in microseconds, sorted.
 func roundTrips(ctx context.Context, from, to end, length time.Duration) ([]float64, error) {
+	if _, err := from.WaitPing(ctx, to.addr, 10*time.Second); err != nil { // as for streams
+		return nil, err
+	}
 	in, err := to.ListenUDP(ctx, netip.AddrPortFrom(to.addr, 0).String())
 	if err != nil {
 		return nil, err
