@@ -2,7 +2,6 @@ package integration
 
 import (
 	"context"
-	"fmt"
 	"net/netip"
 	"os/exec"
 	"slices"
@@ -355,7 +354,7 @@ func TestSubnetsAreApart(t *testing.T) {
 	for _, to := range []*member{near, far} {
 		wg.Go(func() {
 			if n, _, err := a.Ping(w.ctx, to.addr, 5, 56); err != nil || n > 0 {
-				w.t.Error(fmt.Sprintf("%s of another subnet answers %d pings, %v", to.Name, n, err))
+				w.t.Errorf("%s of another subnet answers %d pings, %v", to.Name, n, err)
 			}
 		})
 	}
