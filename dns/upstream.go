@@ -97,7 +97,7 @@ func (f *forwarder) exchange(ctx context.Context, q upstreamQuestion) (*miekg.Ms
 	defer hedge.Stop()
 	var failed *miekg.Msg
 	var asked []*upstream
-	err := errNoServers
+	var err error
 	next := func() {
 		if started == rounds*len(servers) {
 			return

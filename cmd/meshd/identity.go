@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 
 	"meshd/mesh"
 	"meshd/router/tunnel"
@@ -19,6 +20,7 @@ const (
 	keyPrivate = "private-key" // 32 bytes, Curve25519
 	keyTargets = "targets"     // JSON array of strings
 	keyShortID = "short-id"    // 2 bytes, big endian
+	keyMet     = "met"         // JSON array of addresses with port
 )
 
 // identity loads the peer's key, or makes it at the first start. A key that is there but unreadable is an
@@ -70,6 +72,27 @@ func saveTargets(s *store.Store, targets []string) error {
 		return err
 	}
 	return s.Put(bucketSelf, map[string][]byte{keyTargets: raw})
+}
+
+// loadMet returns where an earlier run met peers.
+func loadMet(s *store.Store) ([]netip.AddrPort, error) {
+	raw, err := s.Get(bucketSelf, keyMet)
+	if err != nil || raw == nil {
+		return nil, err
+	}
+	var met []netip.AddrPort
+	if err := json.Unmarshal(raw, &met); err != nil {
+		return nil, fmt.Errorf("the peers in the state file: %w", err)
+	}
+	return met, nil
+}
+
+func saveMet(s *store.Store, met []netip.AddrPort) error {
+	raw, err := json.Marshal(met)
+	if err != nil {
+		return err
+	}
+	return s.Put(bucketSelf, map[string][]byte{keyMet: raw})
 }
 
 // loadShortID returns the short id of the last run, so that the kernel path's state fits it; zero if none.

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -57,8 +58,10 @@ type house struct {
 	proxy      *proxy.Proxy // nil without
 	control    *control.Server
 
-	tap    *hostnet.TAP
-	kernel *kernelPath
+	tap     *hostnet.TAP
+	kernel  *kernelPath
+	foreign atomic.Bool      // the bridge has ports that are not ours
+	met     []netip.AddrPort // owned by expireLoop: what is stored
 }
 
 // serve builds the rooms, runs them until ctx is done and returns the first failure.
@@ -192,6 +195,12 @@ func (h *house) buildMesh() error {
 	if err := h.passwords.load(u.Password); err != nil {
 		return err
 	}
+	var remembered []netip.AddrPort
+	if u.Resume {
+		if remembered, err = loadMet(h.state); err != nil {
+			return err
+		}
+	}
 	h.switcher = router.NewSwitch(h.self, time.Now())
 	routes := &router.LiveRoutes{}
 	under := &lateUnderlay{}
@@ -205,6 +214,7 @@ func (h *house) buildMesh() error {
 		TargetPort:  u.Port,
 		Routes:      routes,
 		OnPeers:     h.onPeers,
+		Remembered:  remembered,
 		Log:         h.log.With("room", "gossip"),
 	}, under)
 	h.tunnel, err = tunnel.New(tunnel.Config{
@@ -378,6 +388,7 @@ func (h *house) wanted(c docker.Container) (container.Request, bool) {
 func firewallConfig(cfg Config) hostnet.FirewallConfig {
 	fw := hostnet.FirewallConfig{
 		UDPPorts:   []uint16{cfg.Underlay.Port, cfg.Underlay.VXLANPort},
+		KernelPort: cfg.Underlay.VXLANPort,
 		TCPPorts:   []uint16{cfg.Underlay.Port},
 		LocalPorts: []uint16{},
 		Range:      cfg.Addresses.Range, NoMasqLocal: cfg.Overlay.NoMasqLocal,
@@ -451,7 +462,12 @@ func (h *house) serve(ctx context.Context, notify *notifier) error {
 		return h.tap.Close()
 	})
 	h.log.Info("serving", "peer", h.self, "nickname", u.NickName, "mtu", h.mtu)
-	notify.Ready(func(context.Context) error { return nil })
+	notify.Ready(func(context.Context) error {
+		if stuck := time.Since(h.gossip.LastStep()); stuck > loopPatience {
+			return fmt.Errorf("the control loop has not come round for %v", stuck)
+		}
+		return nil
+	})
 	return g.Wait()
 }
 
@@ -489,6 +505,9 @@ func (h *house) gone(owner string) {
 	}
 }
 
+// loopPatience is how long the control loop may take over one round before systemd's watchdog hears of it.
+const loopPatience = 10 * time.Second
+
 const reclaimTime = 10 * time.Second
 
 func (h *house) broadcast(ch mesh.Channel, delta []byte) {
@@ -508,13 +527,34 @@ func (h *house) onHost(s hostnet.State) {
 			h.log.Error("the userspace path carries nothing", "err", err)
 		}
 	}
+	h.foreign.Store(len(s.Foreign) > 0)
+	h.tellForeign(time.Now())
+	h.containers.Recheck()
+	h.kernel.poke()
+}
+
+// rememberMet keeps where peers were met, for --resume.
+func (h *house) rememberMet() {
+	met := h.gossip.Met()
+	if slices.Equal(met, h.met) {
+		return
+	}
+	if err := saveMet(h.state, met); err != nil {
+		h.log.Warn("cannot remember where the peers are", "err", err)
+		return
+	}
+	h.met = met
+}
+
+// tellForeign tells the peers whether our bridge leads to more than endpoints: they flood what they do not
+// know to such bridges only.
+func (h *house) tellForeign(now time.Time) {
+	foreign := h.foreign.Load() || h.switcher.Foreign(now)
 	h.gossip.Update(func(p *router.Peer) {
-		if p.Flags &^= router.FlagForeign; len(s.Foreign) > 0 {
+		if p.Flags &^= router.FlagForeign; foreign {
 			p.Flags |= router.FlagForeign
 		}
 	})
-	h.containers.Recheck()
-	h.kernel.poke()
 }
 
 // expireLoop forgets learned addresses that have aged.
@@ -525,6 +565,8 @@ func (h *house) expireLoop(ctx context.Context) error {
 		select {
 		case now := <-tick.C:
 			h.switcher.Expire(now)
+			h.tellForeign(now)
+			h.rememberMet()
 		case <-ctx.Done():
 			return nil
 		}

@@ -148,7 +148,7 @@ func TestQueueWithoutHeader(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	in, out := newQueue(r, false), &*newQueue(w, false)
+	in, out := newQueue(r, false), newQueue(w, false)
 	defer in.Close()
 	defer out.Close()
 	frame := append(make([]byte, VNetHdrLen), "0123456789abcdef"...)
