@@ -26,7 +26,8 @@ import (
 // FirewallConfig says what the firewall guards. New works on a copy.
 type FirewallConfig struct {
 	UDPPorts   []uint16 // closed to containers; nil means 6783 and 6784
-	TCPPorts   []uint16 // the same; nil means 6783; add a control port that listens on TCP
+	KernelPort uint16   // UDP port to which containers must not send on other hosts either; 0: none
+	TCPPorts   []uint16 // the same as UDPPorts; nil means 6783; add a control port that listens on TCP
 	LocalPorts []uint16 // TCP ports on loopback, closed to all others; nil means 6782
 	DNSPort    uint16   // of the name server on Docker's bridges, opened to containers; 0 means none
 
@@ -212,6 +213,7 @@ func (f *Firewall) wish() (wish, error) {
 	w := wish{
 		bridge: f.host.cfg.Bridge, mac: mac, docker: state.Docker, within: f.cfg.Range,
 		udp: f.cfg.UDPPorts, tcp: f.cfg.TCPPorts, local: f.cfg.LocalPorts, dns: f.cfg.DNSPort,
+		kernel: f.cfg.KernelPort,
 	}
 	if f.cfg.NoMasqLocal {
 		ports, err := f.host.Ports()

@@ -22,6 +22,7 @@ type wish struct {
 	docker  []string // Docker's bridges
 	udp     []uint16 // ports that containers must not reach
 	tcp     []uint16
+	kernel  uint16         // the kernel path's UDP port, to which containers must not send anywhere; 0: none
 	dns     uint16         // port of the name server on Docker's bridges; 0: none
 	local   []uint16       // TCP ports on loopback that nobody outside must reach
 	within  netip.Prefix   // the address range of the mesh, if known
@@ -48,7 +49,8 @@ type rule struct {
 // ruleset writes out the table:
 //
 //	input        tunnel ports and control are closed to containers, loopback ports to everybody else
-//	forward      what goes to the bridge passes "tomesh"
+//	forward      what goes to the bridge passes "tomesh"; nothing of containers goes to other hosts' kernel paths, for
+//	             masqueraded it would come from the address by which they know this peer
 //	tomesh       no routing from one subnet of the mesh to another (a frame that is bridged bears another
 //	             destination MAC than the bridge's), and none from Docker's bridges, replies excepted
 //	postrouting  masquerade for exposed subnets, both ways: neither side has a route to the other
@@ -70,6 +72,11 @@ func (w wish) ruleset() []chain {
 
 	forward := chain{name: "forward", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookForward, prio: nftables.ChainPriorityFilter}
 	forward.add("towards the mesh", out(w.bridge), jump("tomesh"))
+	for _, name := range append([]string{w.bridge}, w.docker...) {
+		if w.kernel != 0 {
+			forward.add("to kernel paths from "+name, in(name), notOut(name), protoPort(unix.IPPROTO_UDP, w.kernel), drop())
+		}
+	}
 	tomesh := chain{name: "tomesh"}
 	if !w.mac.IsZero() {
 		tomesh.add("no routing between subnets", in(w.bridge), etherTo(w.mac), drop())
