@@ -78,6 +78,36 @@ type forgery struct {
 
 func (f forgery) tag() []byte { return []byte("@@" + f.name + "@@") }
 
+// tagged puts the tag into the frame's innermost packet, as payload or as an option that nobody knows, so that
+// lengths and checksums are right: a bridge with br_netfilter cuts off what stands behind an IP packet.
+func tagged(frame, tag []byte) []byte {
+	tag = append(tag, make([]byte, (14-len(tag)%8)%8)...) // with two bytes before it, of whole units of 8
+	switch p := frame[14:]; binary.BigEndian.Uint16(frame[12:]) {
+	case 0x800:
+		p = append(p, tag...)
+		binary.BigEndian.PutUint16(p[2:], uint16(len(p)))
+		p[10], p[11] = 0, 0
+		binary.BigEndian.PutUint16(p[10:], checksum(p[:20]))
+		return append(frame[:14:14], p...)
+	case 0x86dd:
+		at, next := 40, p[6]
+		for next == 0 || next == 44 || next == 60 { // each of 8 bytes here
+			at, next = at+8, p[at]
+		}
+		if next == 58 {
+			p = append(p, 253, byte(len(tag)+2)/8) // for experiments (RFC 4727)
+		}
+		p = append(p, tag...)
+		if next == 58 {
+			p[at+2], p[at+3] = 0, 0
+			binary.BigEndian.PutUint16(p[at+2:], checksum(p[8:40], []byte{0, 0, 0, byte(len(p) - at), 0, 0, 0, 58}, p[at:]))
+		}
+		binary.BigEndian.PutUint16(p[4:], uint16(len(p)-40))
+		return append(frame[:14:14], p...)
+	}
+	return append(frame, tag...)
+}
+
 // forgeries are what a container tries that is root in its own namespace.
 func forgeries(a, v1, v2, s1, s2 *member, macs map[*member][]byte) (all []forgery) {
 	var (
@@ -168,7 +198,7 @@ func forgeries(a, v1, v2, s1, s2 *member, macs map[*member][]byte) (all []forger
 		}
 	}
 	for i := range all {
-		all[i].frame = append(all[i].frame, all[i].tag()...)
+		all[i].frame = tagged(all[i].frame, all[i].tag())
 	}
 	return all
 }
@@ -197,7 +227,9 @@ func (w *world) observe(c *lab.Container, ifname string, all []forgery, limit ti
 }
 
 // TestContainersPretend is L1, L2, L3, L7 and L9: a container with every capability in its namespace speaks
-// in others' names, as a router, a switch and a DHCP server, and to other subnets, on each kind of path.
+// in others' names, as a router, a switch and a DHCP server, and to other subnets, on each kind of path. Where
+// nftables stands in for the kernel path it keeps containers to their own names, but neither keeps subnets apart
+// from somebody who leaves IP aside or is on the same bridge, nor limits broadcasts: ARCHITECTURE.md says so.
 func TestContainersPretend(t *testing.T) {
 	for _, x := range []struct {
 		name    string
@@ -209,6 +241,7 @@ func TestContainersPretend(t *testing.T) {
 		{"Nftables", nil, []string{"--no-fastdp"}},
 	} {
 		t.Run(x.name, func(t *testing.T) {
+			inKernel := len(x.options) == 0
 			w := newWorld(t, 2, 60*time.Second)
 			h1, h2 := w.Host(1), w.Host(2)
 			w.launchWith(h1, x.env, x.options...)
@@ -233,7 +266,7 @@ func TestContainersPretend(t *testing.T) {
 			believed := func() string {
 				out := ""
 				for _, m := range []*member{v1, v2} {
-					o, err := m.Out(w.ctx, "/bin/sh", "-c", "ip neigh show dev ethmesh | sed 's/ [A-Z]*$//; s/ router//' | sort; ip -6 route show; ip -4 route show")
+					o, err := m.Out(w.ctx, "/bin/sh", "-c", "ip neigh show dev ethmesh | sed 's/ [A-Z]* *$//; s/ router//' | sort; ip -6 route show; ip -4 route show")
 					w.try(err)
 					out += o + "\n"
 				}
@@ -266,47 +299,39 @@ func TestContainersPretend(t *testing.T) {
 			for name, wait := range observers {
 				seen[name] = wait()
 			}
-			for _, x := range all {
+			for _, f := range all {
 				for _, name := range slices.Sorted(maps.Keys(seen)) {
-					n := seen[name][x.name]
-					to := x.name[strings.IndexByte(x.name, '>')+1:]
+					n := seen[name][f.name]
+					to := f.name[strings.IndexByte(f.name, '>')+1:]
 					switch apart := name == "s1" || name == "s2"; {
-					case x.fine && (to == name || to == "all" && (name == "v1" || name == "v2")) && n < repeats-1:
-						t.Errorf("%s was seen %d times at %s: the test shows nothing", x.name, n, name)
-					case x.fine && apart && n > 0, !x.fine && !x.apart && n > 0, x.apart && apart && n > 0:
-						t.Errorf("%s reached %s %d times", x.name, name, n)
+					case f.fine && (to == name || to == "all" && (name == "v1" || name == "v2")) && n < repeats-1:
+						t.Errorf("%s was seen %d times at %s: the test shows nothing", f.name, n, name)
+					case !f.fine && !f.apart && n > 0, (f.fine || f.apart) && apart && inKernel && n > 0:
+						t.Errorf("%s reached %s %d times", f.name, name, n)
 					}
 				}
 			}
 			if after := believed(); after != before {
 				t.Errorf("neighbours and routes of the victims were\n%s\nand are\n%s", before, after)
 			}
-			t.Log(seen)
 			t.Logf("%d kinds of frames, %d times each", len(all), repeats)
-			if x.name != "Nftables" {
+			if inKernel {
 				r, err := h1.Report(w.ctx)
 				w.try(err)
-				if n := r.Router.Drops["kernel_guard_mac"] + sum(r.Router.Drops, "kernel_"); n == 0 {
-					t.Errorf("nothing of it was counted: %v", r.Router.Drops)
+				for _, reason := range []string{"arp", "dhcp", "isolated", "link_control", "neighbour", "redirect", "router",
+					"source_ip4", "source_ip6", "source_mac", "vlan"} {
+					if r.Router.Drops["kernel_"+reason] == 0 {
+						t.Errorf("nothing is counted as %s: %v", reason, r.Router.Drops)
+					}
 				}
-				t.Log(r.Router.Drops)
 			}
-			w.flood(h1, h2, a, v1, v2, f)
+			w.flood(h1, h2, a, v1, v2, f, inKernel)
 		})
 	}
 }
 
-func sum(counts map[string]uint64, prefix string) (n uint64) {
-	for reason, count := range counts {
-		if strings.HasPrefix(reason, prefix) {
-			n += count
-		}
-	}
-	return n
-}
-
 // flood is L5, L6 and L9: many MACs, many broadcasts, and frames of all sizes.
-func (w *world) flood(h1, h2 *lab.Host, a, v1, v2 *member, f *lab.Frames) {
+func (w *world) flood(h1, h2 *lab.Host, a, v1, v2 *member, f *lab.Frames, limited bool) {
 	w.t.Helper()
 	fdb := func(h *lab.Host) int {
 		out, err := h.Out(w.ctx, "bridge", "fdb", "show", "br", "mesh")
@@ -349,12 +374,12 @@ func (w *world) flood(h1, h2 *lab.Host, a, v1, v2 *member, f *lab.Frames) {
 	}
 	got := <-arrived
 	w.t.Logf("%d broadcasts in a second, %d arrived", sent, got)
-	if got > 6000 {
+	if got > 8000 && limited { // 2,000 a second after the first 4,000
 		w.t.Errorf("of %d broadcasts %d arrived: not limited", sent, got)
 	}
 	r := w.end(others)
 	w.t.Log("meanwhile between others: ", r)
-	if r.Lost > r.Sent/10 || r.Duplicated > 0 {
+	if limited && r.Lost > r.Sent/10 || r.Duplicated > 0 {
 		w.t.Errorf("the others kept %d of %d", r.Received, r.Sent)
 	}
 	_, _ = a.Out(w.ctx, "ip", "link", "set", "ethmesh", "mtu", "65535")
@@ -367,6 +392,8 @@ func (w *world) flood(h1, h2 *lab.Host, a, v1, v2 *member, f *lab.Frames) {
 	if h1.Meshd() != pid {
 		w.t.Error("meshd did not survive frames of odd sizes")
 	}
+	_, err = v1.WaitPing(w.ctx, v2.addr, 5*time.Second) // what was queued is gone
+	w.try(err)
 	w.pings(v1, v2, 5, 56)
 	w.pings(v2, v1, 5, 5000)
 }

@@ -23,6 +23,9 @@ const (
 	icmp6Advert    = 136
 	icmp6Redirect  = 137
 	icmp6MLD2      = 143
+
+	etherTypeLLDP   = 0x88cc
+	llcSpanningTree = 0x42 // IEEE 802.1D 9.3
 )
 
 // guardRules writes out the table of the family bridge that stands in for the kernel path's guard where there
@@ -36,6 +39,10 @@ func guardRules(ports []mesh.Port) (chains []chain) {
 
 		port.add("another's MAC", bytesAt(expr.PayloadBaseLLHeader, 6, p.MAC[:], expr.CmpOpNeq), drop())
 		port.add("link control", linkControl(), drop())
+		port.add("link discovery", etherType(etherTypeLLDP), drop())
+		// Below 0x600 the type is a length, and an LLC header follows (IEEE 802.3 3.2.6).
+		port.add("spanning tree", bytesAt(expr.PayloadBaseLLHeader, 12, []byte{6, 0}, expr.CmpOpLt),
+			bytesAt(expr.PayloadBaseNetworkHeader, 0, []byte{llcSpanningTree}, expr.CmpOpEq), drop())
 		for _, tagged := range []uint16{unix.ETH_P_8021Q, unix.ETH_P_8021AD} {
 			port.add("tagged", etherType(tagged), drop())
 		}
@@ -72,6 +79,11 @@ func guardRules(ports []mesh.Port) (chains []chain) {
 		ip6.add("DHCP server", sourcePort(547), drop())
 		ip6.add("router", icmpType(unix.IPPROTO_ICMPV6, icmp6Router), drop())
 		ip6.add("redirect", icmpType(unix.IPPROTO_ICMPV6, icmp6Redirect), drop())
+		for _, kind := range []byte{icmp6Solicit, icmp6Advert} { // the MAC is their first option, of type 1 and 2
+			ip6.add("neighbour discovery with another's MAC", icmpType(unix.IPPROTO_ICMPV6, kind),
+				bytesAt(expr.PayloadBaseTransportHeader, 24, []byte{kind - icmp6Solicit + 1}, expr.CmpOpEq),
+				bytesAt(expr.PayloadBaseTransportHeader, 26, p.MAC[:], expr.CmpOpNeq), drop())
+		}
 		none := addrAt(8, netip.IPv6Unspecified())
 		for _, kind := range []byte{icmp6MLDReport, icmp6MLDDone, icmp6MLD2} { // RFC 3590
 			ip6.add("multicast listener", none, icmpType(unix.IPPROTO_ICMPV6, kind), ret())
