@@ -83,6 +83,7 @@ func TestProxyEnvironment(t *testing.T) {
 		}
 		_, err := h.Must(w.ctx, "stop")
 		w.try(err)
+		w.shell(h, "rmdir /run/other")
 	})
 	t.Run("PathsInTheWay", func(t *testing.T) {
 		w := w.in(t)

@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/url"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -30,6 +31,9 @@ type backend struct {
 const (
 	dialTimeout = 10 * time.Second
 	copyBuffer  = 64 << 10
+
+	streamBuffer = 128 << 10   // of each direction of a raw stream
+	lingerTime   = time.Second // for a client to close after the daemon has
 )
 
 func newBackend(cfg Config, log *slog.Logger) (*backend, error) {
@@ -126,13 +130,69 @@ func refuse(w http.ResponseWriter, code int, format string, args ...any) {
 }
 
 // forward passes a request and its answer on. A connection that may turn into a raw stream gets one of its
-// own towards the daemon, so that the ends of both directions stay apart.
+// own towards the daemon, so that the ends of both directions stay apart, and so does one that moves much.
 func (b *backend) forward(w http.ResponseWriter, r *http.Request) {
-	if mayHijack(r) {
+	switch {
+	case mayHijack(r):
 		b.hijack(w, r)
+	case bulkPath.MatchString(r.URL.Path):
+		b.bulk(w, r)
+	default:
+		b.proxy.ServeHTTP(w, r)
+	}
+}
+
+// bulkPath is where files and images go in and out.
+var bulkPath = regexp.MustCompile(`^(/v[0-9.]+)?/(containers/.+/(archive|export)|images/(.+/)?get|images/load|images/create|build)$`)
+
+// bulk passes a request on as the only one of its connection: behind the head nothing is decoded, neither
+// there nor back, and the daemon closes when it has answered.
+func (b *backend) bulk(w http.ResponseWriter, r *http.Request) {
+	up, err := b.dial(b.run)
+	if err != nil {
+		b.unreachable(w, r, err)
 		return
 	}
-	b.proxy.ServeHTTP(w, r)
+	defer up.Close()
+	defer context.AfterFunc(b.run, func() { up.Close() })()
+	down, rw, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		b.unreachable(w, r, err)
+		return
+	}
+	defer down.Close()
+	defer context.AfterFunc(b.run, func() { down.Close() })()
+	if err := writeRequestHead(up, r); err != nil {
+		return
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		copyHalf(up, down, rw.Reader)
+		io.Copy(io.Discard, down) // what comes after a refusal
+	}()
+	copyHalf(down, up, bufio.NewReader(up))
+	down.SetReadDeadline(time.Now().Add(lingerTime))
+	<-done
+}
+
+// writeRequestHead writes request line and headers, with those that net/http keeps apart, for a connection
+// that ends with the answer. The body follows as the client frames it.
+func writeRequestHead(w io.Writer, r *http.Request) error {
+	h := r.Header.Clone()
+	h.Set("Connection", "close")
+	if len(r.TransferEncoding) > 0 {
+		h.Set("Transfer-Encoding", strings.Join(r.TransferEncoding, ", "))
+	} else if r.ContentLength > 0 {
+		h.Set("Content-Length", strconv.FormatInt(r.ContentLength, 10))
+	} else if h.Del("Content-Length"); r.Method != http.MethodGet && r.Method != http.MethodHead {
+		h.Set("Content-Length", "0")
+	}
+	buf := bufio.NewWriter(w)
+	fmt.Fprintf(buf, "%s %s %s\r\nHost: %s\r\n", r.Method, r.RequestURI, r.Proto, r.Host)
+	h.Write(buf)
+	buf.WriteString("\r\n")
+	return buf.Flush()
 }
 
 // mayHijack reports whether the answer can be 101 or, to clients that do not ask for an upgrade, a raw stream.
@@ -230,7 +290,12 @@ func copyHalf(dst, src net.Conn, buffered *bufio.Reader) {
 			return
 		}
 	}
-	io.Copy(dst, src)
+	if _, ok := dst.(*net.TCPConn); ok {
+		io.Copy(dst, src) // by splice(2)
+	} else {
+		// net.UnixConn has no such way. splice by hand saved 4 ms of processor time in 64 MiB, and no time.
+		io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{src}, make([]byte, streamBuffer))
+	}
 	if half, ok := dst.(interface{ CloseWrite() error }); ok {
 		half.CloseWrite()
 	}

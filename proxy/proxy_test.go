@@ -39,6 +39,10 @@ type daemon struct {
 }
 
 func (d *daemon) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if strings.Contains(r.URL.Path, "refused") {
+		d.handler(w, r)
+		return
+	}
 	body, _ := io.ReadAll(r.Body)
 	d.mu.Lock()
 	d.calls = append(d.calls, r.Method+" "+r.URL.Path)
@@ -61,7 +65,7 @@ func (d *daemon) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		io.WriteString(w, `{"Config":{"Entrypoint":["`+wait.Path+`","ethmesh"],"Cmd":["sh"],"Labels":{"`+LabelAddrs+`":""}}}`)
 	case path == "/images/bare/json":
 		io.WriteString(w, `{"Config":{"Env":null}}`)
-	case strings.HasPrefix(path, "/images/"):
+	case strings.HasPrefix(path, "/images/") && strings.HasSuffix(path, "/json"):
 		io.WriteString(w, `{"Config":{"Entrypoint":null,"Cmd":["sh","-c","x"]}}`)
 	case path == "/containers/ours/json":
 		io.WriteString(w, `{"Id":"c0ffee","Config":{"Labels":{"`+LabelAddrs+`":"net:10.2.0.0/16"}},"HostConfig":{"NetworkMode":"default","ExtraHosts":["db:1.2.3.4"]},"NetworkSettings":{"IPAddress":"172.17.0.2","Ports":{}}}`)
@@ -376,9 +380,70 @@ func TestPassThrough(t *testing.T) {
 	}
 }
 
+// What moves much is passed on undecoded, with its framing, and ends when the daemon has answered.
+func TestBulk(t *testing.T) {
+	b := start(t, nil)
+	b.daemon.handler = func(w http.ResponseWriter, r *http.Request) {
+		if strings.Contains(r.URL.Path, "refused") {
+			http.Error(w, `{"message":"no space"}`, http.StatusInsufficientStorage)
+			return
+		}
+		w.Header().Set("X-Length", fmt.Sprint(r.ContentLength, r.TransferEncoding))
+		w.Header().Set("X-Query", r.URL.RawQuery)
+		io.Copy(w, r.Body)
+	}
+	body := strings.Repeat("0123456789abcdef", 1<<16)
+	for _, c := range []struct {
+		method, path, length string
+		body                 io.Reader
+	}{
+		{http.MethodPut, "/v1.41/containers/x/archive?path=%2F&a;b", "1048576 []", strings.NewReader(body)},
+		{http.MethodPost, "/build?t=x", "-1 [chunked]", io.LimitReader(strings.NewReader(body), 1<<20)},
+		{http.MethodPost, "/images/load", "0 []", nil},
+		{http.MethodGet, "/images/a/b/get", "0 []", nil},
+		{http.MethodGet, "/images/get?names=a", "0 []", nil},
+	} {
+		req, err := http.NewRequest(c.method, "http://docker"+c.path, c.body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := b.client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		want := ""
+		if c.body != nil {
+			want = body
+		}
+		if err != nil || string(got) != want || resp.Header.Get("X-Length") != c.length || resp.Header.Get("X-Query") != req.URL.RawQuery {
+			t.Errorf("%s %s: %d bytes, %v, %v", c.method, c.path, len(got), resp.Header, err)
+		}
+		if !bulkPath.MatchString(req.URL.Path) {
+			t.Errorf("%s is not taken for bulk", c.path)
+		}
+	}
+	for range 20 { // the refusal arrives though the client is still sending
+		resp, err := b.client.Post("http://docker/containers/refused/archive", "application/x-tar", io.LimitReader(zeros{}, 8<<20))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := io.ReadAll(resp.Body); err != nil || resp.StatusCode != http.StatusInsufficientStorage || !bytes.Contains(got, []byte("no space")) {
+			t.Errorf("got %d %s %v", resp.StatusCode, got, err)
+		}
+		resp.Body.Close()
+	}
+	for _, path := range []string{"/containers/json", "/images/json", "/images/x/json", "/containers/x/archived", "/build/prune", "/images/search", "/containers/archive"} {
+		if bulkPath.MatchString(path) {
+			t.Errorf("%s is taken for bulk", path)
+		}
+	}
+}
+
 func TestDaemonAbsent(t *testing.T) {
 	b := start(t, func(c *Config) { c.Docker = "unix:///nowhere/docker.sock" })
-	for _, path := range []string{"/version", "/containers/x/attach", "/containers/x/start", "/containers/create"} {
+	for _, path := range []string{"/version", "/containers/x/attach", "/build", "/containers/x/start", "/containers/create"} {
 		code, answer := b.post(t, path, `{"Image":"sh"}`)
 		if code < 400 || !json.Valid([]byte(answer)) || !strings.Contains(answer, "docker") {
 			t.Errorf("%s: got %d %s", path, code, answer)
