@@ -2,6 +2,7 @@ package fastdp
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -154,13 +155,15 @@ func BenchmarkCompare(b *testing.B) {
 		slices.Reverse(all)
 	}
 	slices.SortFunc(all, func(x, y *candidate) int { return len(x.name) - len(y.name) })
+	b.ReportMetric(0, "ns/op")
 	median := func(v []float64) float64 { v = slices.Sorted(slices.Values(v)); return v[len(v)/2] }
 	for _, m := range metrics {
 		var ratios []float64
 		for i := range rounds {
 			ratios = append(ratios, all[0].got[m][i]/all[1].got[m][i])
 		}
-		fmt.Printf("%-10s ratio %.2f of rounds %.2f; %s %.2f, %s %.2f\n", m, median(ratios), slices.Sorted(slices.Values(ratios)),
+		b.ReportMetric(median(ratios), strings.ReplaceAll(m, " ", "")+"-ratio")
+		b.Logf("%s: rounds %.2f; %s %.2f, %s %.2f", m, slices.Sorted(slices.Values(ratios)),
 			all[0].name, median(all[0].got[m]), all[1].name, median(all[1].got[m]))
 	}
 }
@@ -225,6 +228,10 @@ func (l *lab) measured(far, near string, from, to *labContainer) float64 {
 		if err := f.out.Decode(&result); err != nil {
 			l.t.Fatal(err)
 		}
+	}
+	n.in.Close()
+	if err := errors.Join(n.cmd.Wait(), f.cmd.Wait()); err != nil {
+		l.t.Fatal(err)
 	}
 	return result
 }
