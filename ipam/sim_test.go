@@ -46,15 +46,18 @@ type world struct {
 	loss    float64
 	reclaim time.Duration
 
-	removed  map[ring.ID]bool      // lives that the operator has named
-	witness  map[ring.ID][]ring.ID // which members knew of a life when it began to serve
-	known    map[ring.ID]bool      // lives that are no orphans, for good
-	rolled   bool                  // a state file was restored at some time
-	excused  map[string]int        // why a breach was not counted
-	err      error
-	counts   map[string]int
-	nextCont int
-	history  *history // or nil
+	removed map[ring.ID]bool      // lives that the operator has named
+	witness map[ring.ID][]ring.ID // which members knew of a life when it began to serve
+	known   map[ring.ID]bool      // lives that are no orphans, for good
+	orphans map[ring.ID]bool      // as judged at orphansAt
+
+	orphansAt time.Time
+	rolled    bool           // a state file was restored at some time
+	excused   map[string]int // why a breach was not counted
+	err       error
+	counts    map[string]int
+	nextCont  int
+	history   *history // or nil
 }
 
 type packet struct {
@@ -526,7 +529,17 @@ func (w *world) views(a netip.Addr) (out string) {
 // orphan reports whether all who knew of a life when it began to serve have been removed, or are such
 // themselves: the one case that cannot be excluded (see the package comment). Its containers do not count
 // until a member that remains knows it, and sees as its own what it sees as its own.
-func (w *world) orphan(life ring.ID) bool { return w.orphanOf(life, make(map[ring.ID]bool)) }
+func (w *world) orphan(life ring.ID) bool {
+	if w.orphansAt != w.now {
+		w.orphansAt, w.orphans = w.now, make(map[ring.ID]bool)
+	}
+	is, known := w.orphans[life]
+	if !known {
+		is = w.orphanOf(life, make(map[ring.ID]bool))
+		w.orphans[life] = is
+	}
+	return is
+}
 
 func (w *world) orphanOf(life ring.ID, seen map[ring.ID]bool) bool {
 	if w.known[life] || len(w.witness[life]) == 0 {
