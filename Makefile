@@ -13,7 +13,7 @@ SLOW     := meshd/integration/...
 # Time that one fuzz target gets in make fuzz.
 FUZZTIME ?= 20s
 
-.PHONY: help build demo deps test test-root test-long integration race fuzz bench bench-quick check check-generated generate install uninstall clean need-root
+.PHONY: help build demo deps test test-root test-long integration race fuzz bench bench-quick test-kernels check check-generated generate install uninstall clean need-root
 
 help:
 	@echo 'make build        bin/meshd and bin/meshctl, static'
@@ -23,6 +23,7 @@ help:
 	@echo 'make integration  the tests with real daemons and dockerds'
 	@echo 'make test-long    make test with long simulations, larger volumes, races and fuzzing'
 	@echo 'make race, make fuzz'
+	@echo 'make test-kernels the kernel path in other kernels, under qemu (root; fetches Debian packages)'
 	@echo 'make bench        the mesh measured beside other networks; make bench-quick, each for a moment (root)'
 	@echo 'make check        format, vet, staticcheck, import directions, generated files'
 	@echo 'make generate     generated files anew (needs clang and llvm)'
@@ -68,6 +69,9 @@ integration: need-root deps
 test-long: need-root deps race fuzz
 	set -x; MESHD_LONG=1 $(GO) test -timeout 90m -count=1 $$($(GO) list ./... | grep -v '^meshd/integration')
 	set -x; MESHD_LONG=1 $(GO) test -timeout 90m -count=1 -p 1 $(SLOW)
+
+test-kernels: need-root
+	fastdp/kernels/run.sh $(KERNELS)
 
 race:
 	set -x; CGO_ENABLED=1 $(GO) test -race -short -timeout 30m $$($(GO) list ./... | grep -v '^meshd/integration')
