@@ -36,6 +36,7 @@ type daemon struct {
 	created []byte
 	calls   []string
 	handler http.HandlerFunc // for what is not listed in ServeHTTP
+	dies    bool             // in place of an answer to anything but an inspect
 }
 
 func (d *daemon) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -51,6 +52,9 @@ func (d *daemon) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	d.mu.Unlock()
 	path := strings.TrimPrefix(r.URL.Path, "/v1.41")
+	if d.dies && !strings.HasSuffix(path, "/json") {
+		panic(http.ErrAbortHandler)
+	}
 	switch {
 	case path == "/containers/create":
 		w.WriteHeader(http.StatusCreated)
@@ -84,10 +88,19 @@ func (d *daemon) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 type fakeContainers struct {
 	err      error
 	requests []Request
+	block    chan struct{} // Attach waits for it unless it is nil
 }
 
-func (f *fakeContainers) Attach(_ context.Context, r Request) error {
+func (f *fakeContainers) Attach(ctx context.Context, r Request) error {
 	f.requests = append(f.requests, r)
+	if f.block != nil {
+		f.block <- struct{}{}
+		select {
+		case <-f.block:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 	return f.err
 }
 
@@ -299,6 +312,63 @@ func TestStart(t *testing.T) {
 	}
 }
 
+// A client that goes away while its container is attached ends nothing.
+func TestClientLeaves(t *testing.T) {
+	b := start(t, nil)
+	b.containers.block = make(chan struct{})
+	ctx, cancel := context.WithCancel(t.Context())
+	req, _ := http.NewRequestWithContext(ctx, http.MethodPost, "http://docker/containers/ours/start", nil)
+	left := make(chan error)
+	go func() {
+		_, err := b.client.Do(req)
+		left <- err
+	}()
+	<-b.containers.block
+	cancel()
+	if err := <-left; err == nil {
+		t.Error("the request ended well")
+	}
+	b.containers.block <- struct{}{}
+	b.containers.block = nil
+	if code, _ := b.post(t, "/containers/plain/start", ""); code != http.StatusNoContent {
+		t.Errorf("got %d", code)
+	}
+	b.daemon.mu.Lock()
+	defer b.daemon.mu.Unlock()
+	for _, call := range b.daemon.calls {
+		if strings.HasSuffix(call, "/kill") {
+			t.Errorf("the container was stopped: %v", b.daemon.calls)
+		}
+	}
+}
+
+// A daemon that dies in the middle of a call leaves an error, and nothing attached.
+func TestDaemonDies(t *testing.T) {
+	b := start(t, nil)
+	b.daemon.dies = true
+	for _, path := range []string{"/containers/create", "/containers/ours/start", "/containers/ours/restart", "/containers/x/attach", "/build", "/events"} {
+		body := ""
+		if path == "/containers/create" {
+			body = `{"Image":"sh"}`
+		}
+		resp, err := b.client.Post("http://docker"+path, "application/json", strings.NewReader(body))
+		if err != nil {
+			if path == "/build" {
+				continue // the connection ends as the daemon's did
+			}
+			t.Fatalf("%s: %v", path, err)
+		}
+		answer, _ := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if resp.StatusCode < 400 || !json.Valid(answer) {
+			t.Errorf("%s: got %d %s", path, resp.StatusCode, answer)
+		}
+	}
+	if len(b.containers.requests) > 0 {
+		t.Errorf("attached %v", b.containers.requests)
+	}
+}
+
 func TestInspectRewritten(t *testing.T) {
 	b := start(t, func(c *Config) { c.RewriteInspect = true })
 	resp, err := b.client.Get("http://docker/containers/ours/json")
@@ -476,18 +546,6 @@ func TestListenRefuses(t *testing.T) {
 			t.Errorf("%s: listens", endpoint)
 		} else if !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: got %q, want %q", endpoint, err, want)
-		}
-	}
-}
-
-func TestWaiterInstall(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "wait")
-	for range 2 {
-		if err := wait.Install(dir); err != nil {
-			t.Fatal(err)
-		}
-		if !wait.Installed(dir) {
-			t.Fatal("not installed")
 		}
 	}
 }
