@@ -10,7 +10,6 @@ import (
 	"strings"
 	"time"
 
-	"meshd/container/docker"
 	"meshd/mesh"
 )
 
@@ -26,9 +25,6 @@ type Request struct {
 
 // undoTime bounds what is done after a call failed or was given up.
 const undoTime = 5 * time.Second
-
-// attachedMemory is how long it is remembered that a container was attached which ended at once.
-const attachedMemory = time.Minute
 
 // Attach makes sure that the target has an interface with the addresses asked for, beside those that it
 // has already, and returns the former in the order of the request. Asking twice gives the same. It may wait for
@@ -53,20 +49,6 @@ func (m *Manager) Attach(ctx context.Context, req Request) (Changed, error) {
 	}
 	defer unlock()
 	return m.attachLocked(ctx, t, specs, req)
-}
-
-// AttachStarted is Attach for a caller that has just started the container, by its full id. The start is heard
-// of by Run as well, and a container that was attached by that and has ended already is no error.
-func (m *Manager) AttachStarted(ctx context.Context, req Request) error {
-	_, err := m.Attach(ctx, req)
-	if errors.Is(err, errNotRunning) || errors.Is(err, docker.ErrNotFound) {
-		m.mu.Lock()
-		defer m.mu.Unlock()
-		if at, ok := m.attached[req.Target]; ok && time.Since(at) < attachedMemory {
-			return nil
-		}
-	}
-	return err
 }
 
 func wanted(specs []mesh.AddrSpec) ([]mesh.AddrSpec, error) {
@@ -223,7 +205,6 @@ func (m *Manager) establish(ns *os.File, r record) error {
 	}
 	m.mu.Lock()
 	delete(m.dead, r.Owner)
-	m.attached[r.Owner] = time.Now()
 	m.mu.Unlock()
 	return nil
 }

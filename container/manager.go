@@ -54,6 +54,7 @@ type Config struct {
 var (
 	ErrNotAttached = errors.New("is not attached")
 	ErrInUse       = errors.New("is in use")
+	ErrNotRunning  = errors.New("is not running")
 )
 
 // Changed says which addresses a call was about, and what a person should know besides.
@@ -68,14 +69,13 @@ type Manager struct {
 	log  *slog.Logger
 	boot string // id of this boot: process ids of another one mean nothing
 
-	mu       sync.Mutex // guards what follows; never held during a call to a neighbour
-	records  map[string]record
-	locks    map[string]*ownerLock
-	dead     map[string]time.Time // since when an owner is gone
-	attached map[string]time.Time // when an owner was attached last, for attachedMemory
-	tenders  map[string]chan struct{}
-	running  *sync.WaitGroup // of Run; nil outside
-	runCtx   context.Context
+	mu      sync.Mutex // guards what follows; never held during a call to a neighbour
+	records map[string]record
+	locks   map[string]*ownerLock
+	dead    map[string]time.Time // since when an owner is gone
+	tenders map[string]chan struct{}
+	running *sync.WaitGroup // of Run; nil outside
+	runCtx  context.Context
 }
 
 // New reads the records and touches nothing else.
@@ -94,7 +94,7 @@ func New(cfg Config) (*Manager, error) {
 	}
 	m := &Manager{
 		cfg: cfg, log: cfg.Log, records: map[string]record{}, locks: map[string]*ownerLock{},
-		dead: map[string]time.Time{}, attached: map[string]time.Time{}, tenders: map[string]chan struct{}{},
+		dead: map[string]time.Time{}, tenders: map[string]chan struct{}{},
 	}
 	if id, err := os.ReadFile(cfg.ProcPath + "/sys/kernel/random/boot_id"); err == nil {
 		m.boot = strings.TrimSpace(string(id))

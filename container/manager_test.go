@@ -516,39 +516,6 @@ func TestWanted(t *testing.T) {
 	})
 }
 
-// The event of its start attaches a container, which ends at once, before who started it asks.
-func TestAttachStarted(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t)
-		cfg := w.config()
-		cfg.Wanted = func(docker.Container) (Request, bool) { return Request{}, true }
-		m, err := New(cfg)
-		if err != nil {
-			t.Fatal(err)
-		}
-		stop := w.run(m)
-		defer stop()
-		quick := w.start(1, 100, "quick")
-		synctest.Wait()
-		w.wantPort(quick, "10.32.0.1/28")
-		w.destroy(quick)
-		synctest.Wait()
-		if err := m.AttachStarted(t.Context(), Request{Target: quick}); err != nil {
-			t.Error(err)
-		}
-		w.wantNothing(quick, false)
-		for _, target := range []string{"other", id(7)} {
-			if err := m.AttachStarted(t.Context(), Request{Target: target}); err == nil {
-				t.Errorf("%s counts as attached", target)
-			}
-		}
-		time.Sleep(2 * attachedMemory)
-		if err := m.AttachStarted(t.Context(), Request{Target: quick}); !errors.Is(err, docker.ErrNotFound) || len(m.attached) > 0 {
-			t.Errorf("later: %v, and remembers %v", err, m.attached)
-		}
-	})
-}
-
 // Somebody removes a port under us.
 func TestPortVanishes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

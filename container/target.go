@@ -100,7 +100,7 @@ func (m *Manager) runningTarget(c docker.Container) (target, error) {
 	case shared:
 		return target{}, fmt.Errorf("container %s uses the network of container %s: attach that one", name, shortID(other))
 	case c.State.Dead || !c.State.Running || c.State.Pid <= 0:
-		return target{}, fmt.Errorf("container %s: %w", name, errNotRunning)
+		return target{}, fmt.Errorf("container %s: %w", name, ErrNotRunning)
 	}
 	return target{
 		docker: true, owner: c.ID, name: name, pid: c.State.Pid, fqdn: m.fqdn(c.Config.Hostname, c.Config.Domainname),
@@ -108,15 +108,13 @@ func (m *Manager) runningTarget(c docker.Container) (target, error) {
 	}, nil
 }
 
-var errNotRunning = errors.New("is not running")
-
 // open opens the namespace of a target and makes sure that it is still that target's: a process id may
 // have passed on to another process meanwhile.
 func (m *Manager) open(ctx context.Context, t target) (ns *os.File, inode uint64, err error) {
 	ns, inode, err = m.openNamespace(t.path)
 	if err != nil {
 		if t.docker && errors.Is(err, os.ErrNotExist) {
-			err = fmt.Errorf("container %s: %w", t.name, errNotRunning)
+			err = fmt.Errorf("container %s: %w", t.name, ErrNotRunning)
 		}
 		return nil, 0, err
 	}
@@ -125,7 +123,7 @@ func (m *Manager) open(ctx context.Context, t target) (ns *os.File, inode uint64
 	}
 	c, err := m.cfg.Docker.Container(ctx, t.owner)
 	if err == nil && (!c.State.Running || c.State.Pid != t.pid) {
-		err = fmt.Errorf("container %s: %w", t.name, errNotRunning)
+		err = fmt.Errorf("container %s: %w", t.name, ErrNotRunning)
 	}
 	if err != nil {
 		ns.Close()

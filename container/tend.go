@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -167,7 +166,7 @@ func (m *Manager) lookUnknown(ctx context.Context, id string) error {
 	short, cancel := context.WithTimeout(ctx, regainTime)
 	defer cancel()
 	_, err = m.attachLocked(short, t, specs, req)
-	if errors.Is(err, errNotRunning) {
+	if errors.Is(err, ErrNotRunning) {
 		return nil
 	}
 	return err
@@ -176,9 +175,6 @@ func (m *Manager) lookUnknown(ctx context.Context, id string) error {
 // Recheck compares the records with the ports in the kernel and sees to those that differ. The watcher
 // of the bridge may call it when ports vanish; it does not block.
 func (m *Manager) Recheck() {
-	m.mu.Lock()
-	maps.DeleteFunc(m.attached, func(_ string, at time.Time) bool { return time.Since(at) > attachedMemory })
-	m.mu.Unlock()
 	ports, err := m.cfg.Network.Ports()
 	if err != nil {
 		m.log.Warn("cannot list ports", "err", err)
@@ -302,14 +298,14 @@ func (m *Manager) lookContainer(ctx context.Context, r record) (next time.Durati
 		return 0, err
 	}
 	t, err := m.runningTarget(c)
-	if errors.Is(err, errNotRunning) {
+	if errors.Is(err, ErrNotRunning) {
 		return m.mourn(ctx, r)
 	}
 	if err != nil { // its network is another's since it was made anew under the same id; cannot be
 		return 0, m.bury(ctx, r)
 	}
 	ns, inode, err := m.open(ctx, t)
-	if errors.Is(err, errNotRunning) {
+	if errors.Is(err, ErrNotRunning) {
 		return m.mourn(ctx, r)
 	}
 	if err != nil {

@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"net/netip"
 	"regexp"
 
@@ -53,10 +54,14 @@ type Request struct {
 	NoMulticastRoute bool
 }
 
+// ErrEnded says that a container has ended before it was attached.
+var ErrEnded = errors.New("the container has ended")
+
 // Containers is what the proxy needs of the room that attaches. Both may wait, for Docker or for an
 // address, and end with ctx.
 type Containers interface {
-	// Attach gives a container its interface and addresses; a repetition changes nothing.
+	// Attach gives a container its interface and addresses; a repetition changes nothing. ErrEnded means that
+	// the container does not run any more.
 	Attach(ctx context.Context, req Request) error
 	// Interface is the attached interface of a container; ok is false when it has none.
 	Interface(container string) (mac mesh.MAC, addrs []netip.Prefix, ok bool)

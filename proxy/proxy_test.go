@@ -307,6 +307,10 @@ func TestStart(t *testing.T) {
 	if last := b.daemon.calls[len(b.daemon.calls)-1]; last != "POST /containers/c0ffee/kill" {
 		t.Errorf("the last call was %s", last)
 	}
+	b.containers.err = fmt.Errorf("attach: %w", ErrEnded)
+	if code, answer := b.post(t, "/containers/ours/start", ""); code != http.StatusNoContent {
+		t.Errorf("ended while it was attached: got %d %s", code, answer)
+	}
 	if code, _ := b.post(t, "/containers/ours/start", `{"Binds":[]}`); code != http.StatusBadRequest {
 		t.Errorf("settings at start: got %d", code)
 	}

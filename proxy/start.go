@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -56,6 +57,10 @@ func (p *Proxy) start(w http.ResponseWriter, r *http.Request, version, name stri
 	}
 	if p.backend.run.Err() != nil {
 		return // whoever runs next attaches it
+	}
+	if errors.Is(err, ErrEnded) {
+		answer.release() // it did start
+		return
 	}
 	p.log.Warn("a container cannot be attached and is stopped", "container", c.ID, "err", err)
 	stop, cancelStop := context.WithTimeout(p.backend.run, dialTimeout)

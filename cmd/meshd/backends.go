@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"meshd/container"
+	"meshd/container/docker"
 	"meshd/control"
 	"meshd/ipam"
 	"meshd/mesh"
@@ -71,10 +72,14 @@ func (a attachments) List(ctx context.Context, containers []string) ([]control.A
 type containers struct{ *container.Manager }
 
 func (c containers) Attach(ctx context.Context, r proxy.Request) error {
-	return c.Manager.AttachStarted(ctx, container.Request{
+	_, err := c.Manager.Attach(ctx, container.Request{
 		Target: r.Container, Addrs: r.Addrs, WithoutDNS: r.WithoutDNS, RewriteHosts: r.RewriteHosts,
 		AddHosts: r.AddHosts, NoMulticastRoute: r.NoMulticastRoute,
 	})
+	if errors.Is(err, container.ErrNotRunning) || errors.Is(err, docker.ErrNotFound) {
+		err = fmt.Errorf("%w: %w", proxy.ErrEnded, err)
+	}
+	return err
 }
 
 func (c containers) Interface(id string) (mesh.MAC, []netip.Prefix, bool) {
