@@ -267,7 +267,8 @@ func TestIsolation(t *testing.T) {
 	red1.knows(red2)
 	red2.knows(red1)
 	r := l.stream(red1, red2, time.Millisecond)
-	<-time.After(200 * time.Millisecond)
+	before := h2.nonZero()["from_tunnel"]
+	eventually(5*time.Second, func() bool { return h2.nonZero()["from_tunnel"] > before+20 })
 	if got := r.stop(); got.Got == 0 || got.Got != got.Sent {
 		t.Errorf("within a network: %v", got)
 	}

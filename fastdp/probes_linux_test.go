@@ -65,23 +65,12 @@ func sendMain(arg string) int {
 	stop := closedStdin()
 	begun := time.Now()
 	for s.Count == 0 || n < s.Count {
-		due := begun.Add(time.Duration(n) * s.Every)
-		if wait := time.Until(due); wait > 0 {
-			select {
-			case <-stop:
-				s.Count = n
-				if n == 0 {
-					s.Count = -1
-				}
-				continue
-			case <-time.After(wait):
-			}
-		}
+		due := time.NewTimer(time.Until(begun.Add(time.Duration(n) * s.Every)))
 		select {
 		case <-stop:
-			s.Count = n
-			continue
-		default:
+			json.NewEncoder(os.Stdout).Encode(tally{Sent: n})
+			return 0
+		case <-due.C:
 		}
 		binary.BigEndian.PutUint64(buf, uint64(n))
 		if _, err := c.Write(buf); err != nil {

@@ -77,9 +77,8 @@ mkdir -p /dev/net
 for m in bridge vxlan veth tun sch_ingress cls_bpf nf_tables af_packet; do modprobe \$m 2>/dev/null; done
 ip link set lo up
 cd /test
-./fastdp.test -test.run '$regex' -test.short -test.v -test.timeout 20m >/tmp/out 2>&1
-rc=\$?
-grep -E '^ *(---|PASS|FAIL|panic)|_test.go' /tmp/out
+{ ./fastdp.test -test.run '$regex' -test.short -test.v -test.timeout 20m 2>&1; echo \$? >/tmp/rc; } | grep -E '^ *(---|PASS|FAIL|panic)|_test.go'
+rc=\$(cat /tmp/rc)
 echo "RESULT \$rc"
 poweroff -f
 INIT
