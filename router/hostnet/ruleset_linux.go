@@ -54,6 +54,9 @@ type rule struct {
 //	tomesh       no routing from one subnet of the mesh to another (a frame that is bridged bears another
 //	             destination MAC than the bridge's), and none from Docker's bridges, replies excepted
 //	postrouting  masquerade for exposed subnets, both ways: neither side has a route to the other
+//
+// Rules that look at connections are there only when something needs them: a single one makes the kernel
+// track every packet of the host, the tunnel's included.
 func (w wish) ruleset() []chain {
 	input := chain{name: "input", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookInput, prio: nftables.ChainPriorityFilter}
 	closed := chain{name: "closed"}
@@ -81,7 +84,9 @@ func (w wish) ruleset() []chain {
 	if !w.mac.IsZero() {
 		tomesh.add("no routing between subnets", in(w.bridge), etherTo(w.mac), drop())
 	}
-	tomesh.add("replies", established(), accept())
+	if len(w.docker) > 0 {
+		tomesh.add("replies", established(), accept())
+	}
 	for _, name := range w.docker {
 		tomesh.add("not from "+name, in(name), drop())
 	}
@@ -102,7 +107,11 @@ func (w wish) ruleset() []chain {
 		post.add("from "+s.String()+" to outside", within(saddr, s, true), within(daddr, s, false), notOut(w.bridge), masquerade())
 		post.add("from outside to "+s.String(), out(w.bridge), within(daddr, s, true), within(saddr, s, false), masquerade())
 	}
-	return []chain{closed, tomesh, input, forward, post}
+	chains := []chain{closed, tomesh, input, forward}
+	if len(w.masq) > 0 {
+		chains = append(chains, post)
+	}
+	return chains
 }
 
 func (c *chain) add(text string, parts ...[]expr.Any) {
