@@ -215,7 +215,10 @@ func (m *Manager) rewriteHosts(r record) {
 	if !r.RewriteHosts || r.Pid == 0 {
 		return
 	}
-	if err := m.writeHosts(r); err != nil {
+	err := m.writeHosts(r)
+	if errors.Is(err, os.ErrNotExist) { // it has none, or has ended
+		m.log.Debug("no /etc/hosts to write", "container", r.label(), "err", err)
+	} else if err != nil {
 		m.log.Warn("cannot write the container's /etc/hosts", "container", r.label(), "err", err)
 	}
 }

@@ -142,6 +142,9 @@ func (h *history) step() {
 		}
 		h.note("%s fails: %v", method, err)
 		h.failing(method, err)
+		if err == nil {
+			time.Sleep(2 * lastRetry) // what failed meanwhile is done by then
+		}
 	}
 	if h.rnd.IntN(3) == 0 {
 		d := time.Duration(h.rnd.IntN(50)) * time.Second

@@ -221,6 +221,7 @@ func TestNamespaces(t *testing.T) {
 		}
 		one, _ := m.List(t.Context(), []string{"pid:100"})
 		// The process ends, and after the grace time its address is free.
+		synctest.Wait()
 		w.mu.Lock()
 		w.dieLocked(100)
 		w.mu.Unlock()

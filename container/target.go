@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -176,16 +177,29 @@ func (m *Manager) reopen(r record) (*os.File, error) {
 	return f, nil
 }
 
-// ownerByInode finds who is attached in a namespace; "" if nobody.
+// ownerByInode finds who is attached in a namespace; "" if nobody. The kernel gives the inode of a namespace
+// that has ended to the next one, so a match alone says nothing.
 func (m *Manager) ownerByInode(inode uint64) string {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for owner, r := range m.records {
-		if _, dead := m.dead[owner]; !dead && r.Inode == inode && r.Boot == m.boot && len(r.Holds) > 0 {
-			return owner
+	for _, r := range m.all() {
+		if r.Inode == inode && r.Boot == m.boot && len(r.Holds) > 0 && !m.isDead(r.Owner) && m.there(r) {
+			return r.Owner
 		}
 	}
 	return ""
+}
+
+// there reports whether the namespace of a record still is.
+func (m *Manager) there(r record) bool {
+	if ns, err := m.reopen(r); err == nil {
+		ns.Close()
+		return true
+	}
+	if !isNamespaceOwner(r.Owner) {
+		return false
+	}
+	// Others may live in it without the process or path that named it: the port tells.
+	ports, err := m.cfg.Network.Ports()
+	return err == nil && slices.ContainsFunc(ports, func(p mesh.Port) bool { return p.Owner == r.Owner })
 }
 
 // locate finds the owner of what a user named. Docker is asked about names, for containers are renamed; while

@@ -463,7 +463,8 @@ func (m *Manager) mourn(ctx context.Context, r record) (next time.Duration, err 
 	if isNamespaceOwner(r.Owner) {
 		return 0, m.bury(ctx, r)
 	}
-	if len(r.held()) == 0 {
+	// The allocator may have more than the record, which could not be written.
+	if len(r.held()) == 0 && len(m.cfg.Allocator.Lookup(r.Owner, netip.Prefix{})) == 0 {
 		return 0, nil
 	}
 	if err := m.cfg.Allocator.ReleaseAll(ctx, r.Owner); err != nil {

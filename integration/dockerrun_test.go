@@ -247,10 +247,15 @@ func TestProxyLatency(t *testing.T) {
 	}
 	slices.Sort(direct)
 	slices.Sort(proxied)
-	d, p := direct[len(direct)/2], proxied[len(proxied)/2]
-	t.Logf("docker run --rm: median %v direct, %v by the proxy, %v more", d, p, p-d)
-	if p-d > 50*time.Millisecond {
-		t.Errorf("the proxy adds %v, want at most 50 ms", p-d)
+	for _, x := range []struct {
+		what string
+		at   int // of a hundred
+	}{{"median", 50}, {"99th percentile", 99}} {
+		d, p := direct[len(direct)*x.at/100], proxied[len(proxied)*x.at/100]
+		t.Logf("docker run --rm, %s: %v direct, %v by the proxy, %v more", x.what, d, p, p-d)
+		if p-d > 50*time.Millisecond && (x.at == 50 || long()) { // of a dozen, the 99th is the worst
+			t.Errorf("the proxy adds %v to the %s, want at most 50 ms", p-d, x.what)
+		}
 	}
 }
 
