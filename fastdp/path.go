@@ -11,8 +11,8 @@ import (
 const (
 	usedEvery    = 250 * time.Millisecond // while frames are sent to the peer
 	idleLeast    = 500 * time.Millisecond // while none are, with few peers
-	idleMost     = 5 * time.Second        // and with many, see idleEvery
-	idleRate     = 100                    // probes of full size per second, to all idle peers together
+	idleMost     = time.Minute            // and with many, see idleEvery
+	idleRate     = 10                     // probes of full size per second, to all idle peers together: 15 kB/s
 	missingEvery = 75 * time.Millisecond  // once an answer is overdue
 	overdueAfter = 100 * time.Millisecond // beyond the usual round trip
 	lostAfter    = 900 * time.Millisecond // from the first probe without answer, and two round trips more
@@ -57,8 +57,8 @@ type path struct {
 	idle    time.Duration // between the probes while nothing is sent
 }
 
-// idleEvery is how often a path that nothing is sent on is probed: twice a second up to fifty
-// peers, then so that all of them cost a few Mbit/s.
+// idleEvery is how often a path that nothing is sent on is probed: so that all idle peers together cost no more
+// than a mesh may cost that does nothing. A path that broke meanwhile is found out when it is used.
 func idleEvery(peers int) time.Duration {
 	return min(max(time.Duration(peers)*time.Second/idleRate, idleLeast), idleMost)
 }

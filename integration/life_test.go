@@ -193,11 +193,11 @@ func (w *world) usage(h *lab.Host) (u usage) {
 
 // TestIdleCost reports what a peer costs when nothing happens, in meshes of 2, 10 and 25.
 func TestIdleCost(t *testing.T) {
-	w := newWorld(t, 25, 3*time.Minute)
 	window := 5 * time.Second
 	if long() {
 		window = time.Minute
 	}
+	w := newWorld(t, 25, 3*window+3*time.Minute)
 	running := 0
 	for _, size := range []int{2, 10, 25} {
 		for ; running < size; running++ {
