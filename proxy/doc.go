@@ -1,7 +1,8 @@
 // Package proxy stands between Docker's clients and its daemon and puts the containers they start on the
 // mesh. It listens like the daemon, forwards what it does not need byte for byte, hijacked streams
 // included, and changes four calls: create (entrypoint, host name, DNS settings and a label that asks for
-// addresses), start and restart (answered when the container is attached), and, on request, inspect.
+// addresses), start and restart (answered when the container is attached), and, on request, inspect. Streams,
+// files and images have a connection of their own to the daemon each, and pass undecoded.
 //
 // Moving parts: one HTTP server per listening address, one transport to the daemon, no state. What a
 // container is to be given is written on the container itself (LabelAddrs), so a proxy that is killed
