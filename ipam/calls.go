@@ -32,7 +32,6 @@ type call struct {
 	why    string // it still waits for; empty: for allocation to be ready
 	number uint32 // claim: of the request under way, or 0
 	tries  int    // claim: unanswered
-	asked  uint32 // claim: number of the last request
 	lost   []ring.ID
 	heir   ring.ID
 }

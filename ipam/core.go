@@ -68,7 +68,6 @@ type core struct {
 	strays             map[ring.ID]int   // for how many looks one who left has owned something
 	past               map[uint64]uint64 // clusters that we left, and for which one
 	strangers          map[mesh.PeerName]stranger
-	repairing          []*call
 	orphanAt, noticeAt time.Duration
 
 	meta       map[string][]byte // as it should be on disk
