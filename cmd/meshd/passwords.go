@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"runtime/debug"
 	"slices"
 	"sync"
 
@@ -27,7 +28,7 @@ func (p *passwords) load(given string) error {
 		return err
 	}
 	if given != "" {
-		p.ring = tunnel.KeyRing{tunnel.Stretch(given)}
+		p.ring = tunnel.KeyRing{stretch(given)}
 	}
 	if raw == nil {
 		return nil
@@ -50,6 +51,12 @@ func (p *passwords) any() bool {
 	return len(p.ring) > 0
 }
 
+// stretch gives back the 128 MiB that stretching takes: nobody needs them again for a long time.
+func stretch(password string) tunnel.PSK {
+	defer debug.FreeOSMemory()
+	return tunnel.Stretch(password)
+}
+
 // change puts a changed ring on disk and then into use.
 func (p *passwords) change(f func(tunnel.KeyRing) (tunnel.KeyRing, error)) error {
 	p.mu.Lock()
@@ -67,7 +74,7 @@ func (p *passwords) change(f func(tunnel.KeyRing) (tunnel.KeyRing, error)) error
 }
 
 func (p *passwords) Add(password string) (string, error) {
-	psk := tunnel.Stretch(password)
+	psk := stretch(password)
 	err := p.change(func(r tunnel.KeyRing) (tunnel.KeyRing, error) { return r.Add(psk) })
 	return psk.ID(), err
 }
