@@ -6,6 +6,8 @@ import (
 	"os"
 	"slices"
 	"time"
+
+	"github.com/vishvananda/netlink"
 )
 
 // AttachPort guards an interface of the bridge and gives it the kernel path, or changes what is known of
@@ -17,10 +19,15 @@ func (d *Datapath) AttachPort(p Port) error {
 	if d.closed {
 		return os.ErrClosed
 	}
-	if err := d.attachPort(p); err != nil {
-		return fmt.Errorf("kernel path: attach port %d: %w", p.Index, err)
+	err := d.attachPort(p)
+	if err == nil {
+		return nil
 	}
-	return nil
+	// A container that ended meanwhile took its interface along: then nothing of the port may stay.
+	if _, lookup := netlink.LinkByIndex(p.Index); errors.As(lookup, new(netlink.LinkNotFoundError)) {
+		return d.detachPort(p.Index)
+	}
+	return fmt.Errorf("kernel path: attach port %d: %w", p.Index, err)
 }
 
 func (d *Datapath) attachPort(p Port) error {
