@@ -159,17 +159,8 @@ func checkClaim(p netip.Prefix) error {
 		return fmt.Errorf("%w: %s: a subnet has at least 4 addresses", ErrInvalid, p)
 	case p.Masked().Addr() == p.Addr():
 		return fmt.Errorf("%w: %s is the network's own address", ErrInvalid, p)
-	case p.Addr().Is4() && lastAddr(p) == p.Addr():
+	case p.Addr().Is4() && mesh.LastAddr(p) == p.Addr():
 		return fmt.Errorf("%w: %s is the broadcast address", ErrInvalid, p)
 	}
 	return nil
-}
-
-func lastAddr(p netip.Prefix) netip.Addr {
-	b := p.Masked().Addr().AsSlice()
-	for i := p.Bits(); i < len(b)*8; i++ {
-		b[i/8] |= 0x80 >> (i % 8)
-	}
-	a, _ := netip.AddrFromSlice(b)
-	return a
 }

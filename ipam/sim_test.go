@@ -475,7 +475,7 @@ func (w *world) acknowledged(n *node, id string, p, subnet netip.Prefix) {
 		}
 	}
 	// Rule 2.
-	if p.Masked() != subnet || p.Masked().Addr() == p.Addr() || lastAddr(p) == p.Addr() || !w.rangep.Contains(p.Addr()) {
+	if p.Masked() != subnet || p.Masked().Addr() == p.Addr() || mesh.LastAddr(p) == p.Addr() || !w.rangep.Contains(p.Addr()) {
 		w.fail("%s: %s got %s, asked for one in %s", n, id, p, subnet)
 	}
 	// Rule 7.
@@ -700,7 +700,7 @@ func simulate(seed int64, ops int, trace func(string, ...any)) *world {
 	w := newWorld(seed, trace)
 	w.rangep = netip.MustParsePrefix([]string{"10.32.0.0/22", "10.32.0.0/24", "10.32.0.0/26", "10.32.0.0/16"}[w.rng.IntN(4)])
 	w.subnets = []netip.Prefix{w.rangep, w.rangep, w.rangep, netip.PrefixFrom(w.rangep.Addr(), w.rangep.Bits()+1),
-		netip.PrefixFrom(lastAddr(netip.PrefixFrom(w.rangep.Addr(), w.rangep.Bits()+2)).Next(), w.rangep.Bits()+2)}
+		netip.PrefixFrom(mesh.LastAddr(netip.PrefixFrom(w.rangep.Addr(), w.rangep.Bits()+2)).Next(), w.rangep.Bits()+2)}
 	w.loss = float64(w.rng.IntN(4)) * 0.07
 	if w.rng.IntN(4) == 0 {
 		w.reclaim = 40 * time.Second

@@ -163,7 +163,7 @@ func (t *Tunnel) endLink(p *peer, err error, now time.Time) {
 		lost := l.told
 		lost.Peer = hello
 		t.report(router.LinkEvent{State: router.LinkDown, Link: lost, Err: err})
-		t.log.Info("link down", "peer", p.name, "underlay", l.addr, "err", err)
+		t.log.Debug("link down", "peer", p.name, "underlay", l.addr, "err", err)
 	}
 	for _, addr := range l.dialled {
 		t.dialFailed(addr, router.Hello{}, err)
@@ -362,7 +362,7 @@ func (t *Tunnel) publishLink(p *peer, now time.Time) {
 		t.setNeighbours(func(m map[netip.AddrPort]*peer) { m[l.addr] = p })
 		l.told, l.toldAt, l.dialled = told, now, nil
 		t.report(router.LinkEvent{State: router.LinkUp, Link: told})
-		t.log.Info("link up", "peer", p.name, "nickname", told.Peer.NickName, "underlay", l.addr, "rtt", d.rtt, "mtu", d.mtu, "sealed", told.Sealed)
+		t.log.Debug("link up", "peer", p.name, "nickname", told.Peer.NickName, "underlay", l.addr, "rtt", d.rtt, "mtu", d.mtu, "sealed", told.Sealed)
 		return
 	}
 	// The RTT of a quiet LAN jitters by more than a quarter; nobody chooses another path for less than 1 ms.
