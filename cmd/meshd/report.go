@@ -191,7 +191,7 @@ func (h *house) describe(line *control.Connection, route router.Route, s tunnel.
 	}
 	line.MTU = h.mtu
 	line.Overlay = control.OverlayUserspace
-	why := h.kernel.off
+	why := cmp.Or(h.kernel.off, "the peer has offered no kernel path")
 	if k, ok := kernel[line.Peer]; ok {
 		if k.Up {
 			line.Overlay, why = control.OverlayKernel, ""
