@@ -124,14 +124,20 @@ func (c *core) winner(id ring.ID) ring.ID {
 }
 
 func (c *core) handleLosses() {
-	if c.ring.Cluster() == 0 || c.left || !c.ring.Member(c.me).Active() {
+	if c.ring.Cluster() == 0 || c.left {
 		return
 	}
+	member := c.ring.Member(c.me).Active()
 	if c.now-c.orphanAt >= orphanEvery {
 		c.orphanAt = c.now
-		c.adoptLosses()
-		c.declareLosses()
-		c.verifyLosses()
+		if member {
+			c.adoptLosses()
+			c.declareLosses()
+		}
+		c.verifyLosses() // who is no member has a view as well
+	}
+	if !member {
+		return
 	}
 	for _, id := range slices.SortedFunc(maps.Keys(c.losses), ring.ID.Compare) {
 		c.collect(id)
