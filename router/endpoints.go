@@ -20,7 +20,6 @@ type endpoints struct {
 	byMAC   map[mesh.MAC]map[endpointKey]bool
 	byIP    map[netip.Addr]map[endpointKey]bool
 	subnets map[netip.Prefix]map[mesh.PeerName]int // how many endpoints a peer has in it
-	bare    map[mesh.PeerName]int                  // how many without any address
 }
 
 const shards = 256
@@ -34,11 +33,23 @@ type endpointKey struct {
 // known is what gossip says of a MAC. More than one peer may announce it for a moment, when an endpoint
 // moves; all of them may send from it then.
 type known struct {
-	peer  mesh.PeerName // whom frames to it go to: this peer if it is among them, else the lowest
-	peers []mesh.PeerName
+	peer    mesh.PeerName // whom frames to it go to: this peer if it is among them, else the lowest
+	peers   []mesh.PeerName
+	subnets []netip.Prefix // of all its addresses, sorted
 }
 
 func (k known) has(p mesh.PeerName) bool { return k.peer == p || slices.Contains(k.peers, p) }
+
+// apart reports whether two endpoints share no subnet, to the same length: they do not hear each other then,
+// by this path as by the kernel's.
+func (k *known) apart(o *known) bool {
+	for _, p := range k.subnets {
+		if slices.Contains(o.subnets, p) {
+			return false
+		}
+	}
+	return true
+}
 
 // holder is an endpoint that has a certain address.
 type holder struct {
@@ -60,7 +71,6 @@ func newEndpoints() *endpoints {
 		byMAC:   map[mesh.MAC]map[endpointKey]bool{},
 		byIP:    map[netip.Addr]map[endpointKey]bool{},
 		subnets: map[netip.Prefix]map[mesh.PeerName]int{},
-		bare:    map[mesh.PeerName]int{},
 	}
 }
 
@@ -153,9 +163,6 @@ func (e *endpoints) countLocked(ep *mesh.Endpoint, by int) (changed bool) {
 		}
 		changed = changed || (before == 0) != (before+by == 0)
 	}
-	if len(ep.Addrs) == 0 {
-		step(e.bare)
-	}
 	for _, p := range ep.Addrs {
 		net := p.Masked()
 		if e.subnets[net] == nil {
@@ -183,7 +190,12 @@ func (e *endpoints) publishLocked(self mesh.PeerName, macs map[mesh.MAC]bool, ip
 		var k known
 		for key := range e.byMAC[m] {
 			k.peers = append(k.peers, key.peer)
+			for _, p := range e.all[key].Addrs {
+				k.subnets = append(k.subnets, p.Masked())
+			}
 		}
+		slices.SortFunc(k.subnets, netip.Prefix.Compare)
+		k.subnets = slices.Compact(k.subnets)
 		slices.SortFunc(k.peers, mesh.PeerName.Compare)
 		k.peers = slices.Compact(k.peers)
 		k.peer = k.peers[0]

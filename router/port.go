@@ -79,10 +79,11 @@ const (
 	ReasonForged           // a frame from a peer bears a source that is not that peer's
 	ReasonNoPeer           // nobody to send it to
 	ReasonNeighbour        // an ARP or ND packet claims an address that is another endpoint's
+	ReasonIsolated         // sender and addressee are endpoints that share no subnet
 	reasonCount
 )
 
-var reasonNames = [reasonCount]string{"none", "runt", "local", "link_control", "source", "moved", "forged_source", "no_peer", "neighbour"}
+var reasonNames = [reasonCount]string{"none", "runt", "local", "link_control", "source", "moved", "forged_source", "no_peer", "neighbour", "isolated"}
 
 func (r Reason) String() string {
 	if int(r) < len(reasonNames) {

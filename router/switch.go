@@ -31,6 +31,9 @@ type MACEntry struct {
 // learned nor moved by a frame, and a frame that bears one from the wrong place is dropped. All others
 // are learned from the frames themselves and flooded as long as they are not known.
 //
+// Endpoints that share no subnet exchange no frames here, whatever addresses and routes a container gives itself.
+// Addresses that nobody announced belong to interfaces that somebody joined to a bridge on purpose: they reach all.
+//
 // FromBridge and FromPeer may be called from any number of goroutines; they take no lock and allocate
 // nothing. Frames are borrowed and never changed.
 type Switch struct {
@@ -93,14 +96,17 @@ func (s *Switch) FromBridge(frame, scratch []byte, now time.Time) Decision {
 		return s.drop(ReasonMoved)
 	}
 	if n, ok := parseNeighbour(kind, frame[etherHeader:]); ok {
-		if d, decided := s.neighbour(&n, dst, src, announced, scratch); decided {
+		if d, decided := s.neighbour(&n, dst, src, &sender, announced, scratch); decided {
 			return d
 		}
 	}
 	if !dst.IsMulticast() {
 		if to, ok := s.known.mac(dst); ok {
-			if to.peer == s.self {
+			switch {
+			case to.peer == s.self:
 				return s.drop(ReasonLocal)
+			case announced && sender.apart(&to):
+				return s.drop(ReasonIsolated)
 			}
 			return Decision{Verdict: Unicast, Peer: to.peer}
 		}
@@ -128,7 +134,7 @@ func (s *Switch) FromBridge(frame, scratch []byte, now time.Time) Decision {
 // of another peer. It does not answer where somebody asks whether an address is taken (no sender) or says
 // that it has it now: those must reach who has the address, or duplicate address detection would be
 // answered by a table that may be behind.
-func (s *Switch) neighbour(n *neighbour, dst, src mesh.MAC, announced bool, scratch []byte) (Decision, bool) {
+func (s *Switch) neighbour(n *neighbour, dst, src mesh.MAC, sender *known, announced bool, scratch []byte) (Decision, bool) {
 	if claimed := n.claims(); !claimed.IsUnspecified() && !n.mac.IsZero() {
 		if holders := s.known.holders(claimed); len(holders) > 0 && !slices.ContainsFunc(holders, func(h holder) bool { return h.mac == n.mac }) {
 			return s.drop(ReasonNeighbour), true
@@ -146,7 +152,7 @@ func (s *Switch) neighbour(n *neighbour, dst, src mesh.MAC, announced bool, scra
 		if h.peer == s.self {
 			return s.drop(ReasonLocal), true // it heard the request on the bridge
 		}
-		if h.mac != src && at.peer.IsZero() && (!announced || h.subnet.Contains(n.sender)) {
+		if h.mac != src && at.peer.IsZero() && (!announced || h.subnet.Contains(n.sender) && slices.Contains(sender.subnets, h.subnet)) {
 			at = h
 		}
 	}
@@ -169,16 +175,22 @@ func (s *Switch) FromPeer(frame []byte, src mesh.PeerName, now time.Time) Decisi
 	if isLinkControl(dst) {
 		return s.drop(ReasonLink)
 	}
-	if k, announced := s.known.mac(from); announced {
-		if !k.has(src) || src == s.self {
+	sender, announced := s.known.mac(from)
+	if announced {
+		if !sender.has(src) || src == s.self {
 			return s.drop(ReasonForged)
 		}
 	} else if number, ok := s.peers.Load().number[src]; ok {
 		s.learned.learn(from, number, s.seconds(now))
 	}
 	if !dst.IsMulticast() {
-		if to, ok := s.known.mac(dst); ok && !to.has(s.self) {
-			return s.drop(ReasonLocal)
+		if to, ok := s.known.mac(dst); ok {
+			switch {
+			case !to.has(s.self):
+				return s.drop(ReasonLocal)
+			case announced && sender.apart(&to):
+				return s.drop(ReasonIsolated)
+			}
 		}
 	}
 	return Decision{Verdict: Deliver}
@@ -268,29 +280,23 @@ func (s *Switch) SetPeers(peers []PeerFlags) {
 }
 
 // setFloodsLocked works out whom a broadcast of each of our endpoints goes to: every reachable peer with
-// an endpoint in one of its subnets, with one that has no address, or with foreign ports.
+// an endpoint in one of its subnets, or with foreign ports.
 func (s *Switch) setFloodsLocked() {
 	e := s.known
-	all := s.peers.Load().all
 	floods := map[mesh.MAC][]mesh.PeerName{}
 	sets := map[string][]mesh.PeerName{}
 	for mac, keys := range e.byMAC {
 		var nets []netip.Prefix
-		local, bare := false, false
+		local := false
 		for key := range keys {
 			if key.peer == s.self {
 				local = true
-				bare = bare || len(e.all[key].Addrs) == 0
 				for _, p := range e.all[key].Addrs {
 					nets = append(nets, p.Masked())
 				}
 			}
 		}
 		if !local {
-			continue
-		}
-		if bare {
-			floods[mac] = all
 			continue
 		}
 		slices.SortFunc(nets, netip.Prefix.Compare)
@@ -317,15 +323,10 @@ func subnetsID(nets []netip.Prefix) string {
 
 func (e *endpoints) floodSetLocked(nets []netip.Prefix, flags map[mesh.PeerName]PeerFlags) []mesh.PeerName {
 	in := map[mesh.PeerName]bool{}
-	for net, peers := range e.subnets {
-		if slices.ContainsFunc(nets, net.Overlaps) {
-			for p := range peers {
-				in[p] = true
-			}
+	for _, net := range nets {
+		for p := range e.subnets[net] {
+			in[p] = true
 		}
-	}
-	for p := range e.bare {
-		in[p] = true
 	}
 	var out []mesh.PeerName
 	for name, f := range flags {

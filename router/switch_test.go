@@ -114,6 +114,10 @@ func TestFromBridge(t *testing.T) {
 		{"announced", frame(mc(21), mc(11), 0x800), "to 2"},
 		{"announced, from a VM", frame(mc(31), vm, 0x800), "to 3"},
 		{"local", frame(mc(12), mc(11), 0x800), "drop local"},
+		{"another subnet", frame(mc(31), mc(11), 0x800), "drop isolated"},
+		{"another subnet, and back", frame(mc(21), mc(12), 0x88b5), "drop isolated"},
+		{"question to another subnet", arp(1, mc(31), mc(11), "10.2.1.1", mesh.MAC{}, "10.3.0.2"), "drop isolated"},
+		{"question as one of another subnet", arp(1, broadcast, mc(11), "10.3.0.9", mesh.MAC{}, "10.3.0.2"), "flood 2 4"},
 		{"source of another peer", frame(mc(11), mc(21), 0x800), "drop moved"},
 		{"broadcast stays in the subnet", frame(broadcast, mc(11), 0x800), "flood 2 4"},
 		{"the other subnet", frame(broadcast, mc(12), 0x800), "flood 3 4"},
@@ -171,6 +175,8 @@ func TestFromPeer(t *testing.T) {
 		{"from a VM there", 4, frame(mc(11), vm, 0x800), "deliver"},
 		{"for somebody unknown", 2, frame(mc(99), mc(21), 0x800), "deliver"},
 		{"for another peer", 2, frame(mc(31), mc(21), 0x800), "drop local"},
+		{"from another subnet", 3, frame(mc(11), mc(31), 0x800), "drop isolated"},
+		{"from another subnet, other types", 2, frame(mc(12), mc(21), 0x88b5), "drop isolated"},
 		{"with our endpoint's source", 2, frame(mc(12), mc(11), 0x800), "drop forged_source"},
 		{"with a third's source", 2, frame(mc(11), mc(31), 0x800), "drop forged_source"},
 		{"from a peer that nobody knows", 9, frame(mc(11), vm, 0x800), "deliver"},
@@ -282,7 +288,7 @@ func TestEndpointMoves(t *testing.T) {
 		t.Errorf("got %s, want peer 3 in the flood and 2 out of it", got)
 	}
 	s.UpdateEndpoints([]mesh.Endpoint{ep(1, 21, "10.2.1.2/24")}, []mesh.Endpoint{moved})
-	if got := describe(s.FromBridge(frame(mc(31), mc(21), 1), nil, t0)); got != "to 3" {
+	if got := describe(s.FromBridge(frame(mc(51), mc(21), 1), nil, t0)); got != "to 5" {
 		t.Errorf("on our bridge now: got %s", got)
 	}
 	s.SetEndpoints(nil)
@@ -296,17 +302,52 @@ func TestEndpointMoves(t *testing.T) {
 
 func TestEndpointWithoutAddress(t *testing.T) {
 	s := testSwitch()
-	s.UpdateEndpoints([]mesh.Endpoint{ep(3, 32)}, nil)
-	if got := describe(s.FromBridge(frame(broadcast, mc(11), 1), nil, t0)); got != "flood 2 3 4" {
-		t.Errorf("got %s: an endpoint whose subnets nobody knows must hear everything", got)
+	s.UpdateEndpoints([]mesh.Endpoint{ep(3, 32), ep(1, 13)}, nil)
+	if got := describe(s.FromBridge(frame(broadcast, mc(11), 1), nil, t0)); got != "flood 2 4" {
+		t.Errorf("got %s: an endpoint without an address is in no subnet", got)
 	}
-	s.UpdateEndpoints([]mesh.Endpoint{ep(1, 13)}, []mesh.Endpoint{ep(3, 32)})
-	if got := describe(s.FromBridge(frame(broadcast, mc(13), 1), nil, t0)); got != "flood 2 3 4" {
-		t.Errorf("got %s, want everybody", got)
+	if got := describe(s.FromBridge(frame(mc(32), mc(13), 1), nil, t0)); got != "drop isolated" {
+		t.Errorf("between two without an address: got %s", got)
 	}
 	s.SetPeers(nil)
 	if got := describe(s.FromBridge(frame(broadcast, mc(11), 1), nil, t0)); got != "drop no_peer" {
 		t.Errorf("alone: got %s", got)
+	}
+}
+
+// Endpoints hear each other if a subnet of theirs is the same, to its length: the kernel path compares alike.
+func TestIsolation(t *testing.T) {
+	s := testSwitch()
+	s.UpdateEndpoints([]mesh.Endpoint{
+		ep(1, 14, "10.2.1.14/24", "10.3.0.14/24"), ep(2, 24, "10.2.0.24/16"), ep(3, 34, "10.2.1.34/25"), ep(3, 35, "fd00::35/64"),
+	}, nil)
+	for _, c := range []struct {
+		dst, src, peer int
+		want           string
+	}{
+		{21, 14, 2, "to 2"}, {31, 14, 3, "to 3"}, {24, 11, 2, "drop isolated"}, {24, 14, 2, "drop isolated"},
+		{34, 11, 3, "drop isolated"}, {35, 11, 3, "to 3"}, {35, 12, 3, "drop isolated"},
+	} {
+		if got := describe(s.FromBridge(frame(mc(c.dst), mc(c.src), 0x800), nil, t0)); got != c.want {
+			t.Errorf("%d to %d: got %s, want %s", c.src, c.dst, got, c.want)
+		}
+		want := "deliver"
+		if c.want == "drop isolated" {
+			want = c.want
+		}
+		if got := describe(s.FromPeer(frame(mc(c.src), mc(c.dst), 0x800), pn(c.peer), t0)); got != want {
+			t.Errorf("%d back to %d: got %s, want %s", c.dst, c.src, got, want)
+		}
+	}
+	for mac, want := range map[int]string{11: "flood 2 3 4", 12: "flood 3 4", 14: "flood 2 3 4"} {
+		if got := describe(s.FromBridge(frame(broadcast, mc(mac), 0x88b5), nil, t0)); got != want {
+			t.Errorf("broadcast of %d: got %s, want %s", mac, got, want)
+		}
+	}
+	// An address less, and the subnet is left at once.
+	s.UpdateEndpoints([]mesh.Endpoint{ep(1, 14, "10.2.1.14/24")}, nil)
+	if got := describe(s.FromBridge(frame(mc(31), mc(14), 0x800), nil, t0)); got != "drop isolated" {
+		t.Errorf("a subnet that was left: got %s", got)
 	}
 }
 
@@ -342,7 +383,8 @@ func TestFramePathDoesNotAllocate(t *testing.T) {
 	vm := mesh.MAC{0x52, 0x54, 0, 0, 0, 1}
 	for name, f := range map[string][]byte{
 		"unicast": frame(mc(21), mc(11), 0x800), "flood": frame(broadcast, mc(11), 0x800),
-		"learn": frame(mc(99), vm, 0x800), "drop": frame(mc(21), broadcast, 0x800),
+		"isolated": frame(mc(31), mc(11), 0x800),
+		"learn":    frame(mc(99), vm, 0x800), "drop": frame(mc(21), broadcast, 0x800),
 		"arp": arp(1, broadcast, mc(11), "10.2.1.1", mesh.MAC{}, "10.2.1.2"),
 		"nd":  solicit(t, mc(11), "fd00::1", "fd00::2", true),
 	} {
