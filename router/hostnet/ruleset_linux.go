@@ -58,19 +58,21 @@ type rule struct {
 // Rules that look at connections are there only when something needs them: a single one makes the kernel
 // track every packet of the host, the tunnel's included.
 func (w wish) ruleset() []chain {
+	// The tunnel's own datagrams pass "input" too, every single one: it asks little of what comes from no bridge.
 	input := chain{name: "input", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookInput, prio: nftables.ChainPriorityFilter}
-	closed := chain{name: "closed"}
-	for _, p := range w.udp {
-		input.add("tunnel port", protoPort(unix.IPPROTO_UDP, p), jump("closed"))
-	}
-	for _, p := range w.tcp {
-		input.add("tunnel or control port", protoPort(unix.IPPROTO_TCP, p), jump("closed"))
-	}
+	bridges, closed := chain{name: "bridges"}, chain{name: "closed"}
+	input.add("from bridges", inKind("bridge"), jump("bridges"))
 	for _, p := range w.local {
-		input.add("loopback only", notIn("lo"), within(daddr, netip.MustParsePrefix("127.0.0.0/8"), true), protoPort(unix.IPPROTO_TCP, p), drop())
+		input.add("loopback only", protoPort(unix.IPPROTO_TCP, p), notIn("lo"), within(daddr, netip.MustParsePrefix("127.0.0.0/8"), true), drop())
 	}
 	for _, name := range append([]string{w.bridge}, w.docker...) {
-		closed.add("closed to containers of "+name, in(name), drop())
+		bridges.add("closed to containers of "+name, in(name), jump("closed"))
+	}
+	for _, p := range w.udp {
+		closed.add("tunnel port", protoPort(unix.IPPROTO_UDP, p), drop())
+	}
+	for _, p := range w.tcp {
+		closed.add("tunnel or control port", protoPort(unix.IPPROTO_TCP, p), drop())
 	}
 
 	forward := chain{name: "forward", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookForward, prio: nftables.ChainPriorityFilter}
@@ -107,7 +109,7 @@ func (w wish) ruleset() []chain {
 		post.add("from "+s.String()+" to outside", within(saddr, s, true), within(daddr, s, false), notOut(w.bridge), masquerade())
 		post.add("from outside to "+s.String(), out(w.bridge), within(daddr, s, true), within(saddr, s, false), masquerade())
 	}
-	chains := []chain{closed, tomesh, input, forward}
+	chains := []chain{closed, bridges, tomesh, input, forward}
 	if len(w.masq) > 0 {
 		chains = append(chains, post)
 	}
@@ -137,6 +139,11 @@ func in(name string) []expr.Any     { return onDevice(expr.MetaKeyIIFNAME, expr.
 func notIn(name string) []expr.Any  { return onDevice(expr.MetaKeyIIFNAME, expr.CmpOpNeq, name) }
 func out(name string) []expr.Any    { return onDevice(expr.MetaKeyOIFNAME, expr.CmpOpEq, name) }
 func notOut(name string) []expr.Any { return onDevice(expr.MetaKeyOIFNAME, expr.CmpOpNeq, name) }
+
+// metaInputKind asks of what kind the device is that a packet came in by (linux/netfilter/nf_tables.h, since 5.6).
+const metaInputKind expr.MetaKey = 26
+
+func inKind(kind string) []expr.Any { return onDevice(metaInputKind, expr.CmpOpEq, kind) }
 
 // protoPort matches the destination port of a transport protocol.
 func protoPort(proto byte, port uint16) []expr.Any {
