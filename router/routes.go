@@ -48,6 +48,29 @@ func (r *Routes) NextHop(dst mesh.PeerName) (via mesh.PeerName, ok bool) {
 	return route.Via, ok
 }
 
+// Way is NextHop with the number of links on the way.
+func (r *Routes) Way(dst mesh.PeerName) (via mesh.PeerName, links int, ok bool) {
+	if r == nil {
+		return mesh.PeerName{}, 0, false
+	}
+	route, ok := r.to[dst]
+	return route.Via, route.Hops, ok
+}
+
+// Onward says what becomes of a datagram that a relay with a way of so many links takes on, when its header
+// allows left more: the number for the next header, or ok false if it has to be dropped.
+//
+// Who sends a datagram allows the links of its own way and one more, and every relay no more than that by its
+// own reckoning. A datagram that comes by the same relay again, two or more links later, has too few left for
+// the way that this relay counts: while views differ it takes one link more than its sender thought, or it
+// is dropped, and never goes round.
+func Onward(left, links int) (next int, ok bool) {
+	if left <= 0 || links > left {
+		return 0, false
+	}
+	return min(left-1, links), true
+}
+
 // Route returns the way to dst.
 func (r *Routes) Route(dst mesh.PeerName) (Route, bool) {
 	if r == nil {
@@ -83,6 +106,11 @@ type LiveRoutes struct{ p atomic.Pointer[Routes] }
 // NextHop returns the peer to hand a datagram for dst to; it takes no lock and allocates nothing.
 func (l *LiveRoutes) NextHop(dst mesh.PeerName) (via mesh.PeerName, ok bool) {
 	return l.p.Load().NextHop(dst)
+}
+
+// Way is NextHop with the number of links on the way.
+func (l *LiveRoutes) Way(dst mesh.PeerName) (via mesh.PeerName, links int, ok bool) {
+	return l.p.Load().Way(dst)
 }
 
 // Load returns the snapshot of the moment, which may be nil.

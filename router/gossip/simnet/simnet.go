@@ -35,7 +35,6 @@ const (
 	linkDeath   = 3 * time.Second
 	dialRetry   = time.Second
 	dialTries   = 5
-	maxHops     = 16
 	maxInFlight = 20_000 // messages on their way from one host
 )
 
@@ -60,14 +59,21 @@ type Net struct {
 	hosts map[netip.AddrPort]*Host
 	cut   map[[2]netip.AddrPort]bool // directed
 	loss  float64
+	twice float64
+	late  float64
 	delay time.Duration
 	vary  time.Duration
 	stats Stats
 }
 
+// lateness is how much longer than the others a late datagram takes at most.
+const lateness = 2 * time.Second
+
 // Stats counts what happened to messages.
 type Stats struct {
-	Delivered, Lost, NoRoute, Loops, Full uint64
+	Delivered, Lost, NoRoute, Full uint64
+	Strayed                        uint64 // came to a relay whose way has more links than are left
+	Loops                          uint64 // came to the same relay again
 }
 
 // Host is one peer's access to the net: a gossip.Underlay.
@@ -82,6 +88,7 @@ type Host struct {
 	// Guarded by Net.mu.
 	dead     bool
 	links    map[mesh.PeerName]*link
+	starved  time.Duration
 	inFlight int
 	Sent     uint64 // bytes, relayed ones included
 	Received uint64
@@ -247,6 +254,35 @@ func (n *Net) SetLoss(share float64) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.loss = share
+}
+
+// SetDuplicates delivers that share of all datagrams twice.
+func (n *Net) SetDuplicates(share float64) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.twice = share
+}
+
+// SetReordering has that share of all datagrams come up to two seconds late, after others sent later.
+func (n *Net) SetReordering(share float64) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.late = share
+}
+
+// Starve has everything that the host sends or takes in wait for up to that long, as if it had no processor
+// time; 0 ends that.
+func (h *Host) Starve(most time.Duration) {
+	h.net.mu.Lock()
+	defer h.net.mu.Unlock()
+	h.starved = most
+}
+
+// Passes reports whether datagrams get from the host to another.
+func (h *Host) Passes(to *Host) bool {
+	h.net.mu.Lock()
+	defer h.net.mu.Unlock()
+	return h.net.passesLocked(h, to)
 }
 
 // SetDelay has datagrams take that long, more or less.
@@ -468,53 +504,87 @@ func (h *Host) Send(peer mesh.PeerName, msg []byte) error {
 		return nil
 	}
 	h.inFlight++
-	n.forwardLocked(h, h, nil, peer, append([]byte(nil), msg...), maxHops)
+	n.forwardLocked(&parcel{src: h, dst: peer, msg: append([]byte(nil), msg...)}, h, nil, -1)
 	return nil
 }
 
-// forwardLocked carries a message one hop on. A relay never sends back to where a message came from.
-func (n *Net) forwardLocked(src, at, from *Host, dst mesh.PeerName, msg []byte, hops int) {
+// parcel is a message on its way.
+type parcel struct {
+	src *Host
+	dst mesh.PeerName
+	msg []byte
+	met map[*Host]bool // relays that it has been at
+}
+
+// forwardLocked carries a message one hop on, by the rules of the tunnel: a relay never sends back to where it
+// came from, nor by a way with more links than are left. left is -1 at the sender.
+func (n *Net) forwardLocked(p *parcel, at, from *Host, left int) {
 	drop := func(count *uint64) {
 		*count++
-		src.inFlight--
+		p.src.inFlight--
 	}
-	via, ok := at.routes.NextHop(dst)
+	via, links, ok := at.routes.Way(p.dst)
 	l := at.links[via]
-	if direct := at.links[dst]; direct != nil && (!ok || l == nil) {
-		l, ok = direct, true
+	if direct := at.links[p.dst]; direct != nil && (!ok || l == nil) {
+		l, links, ok = direct, 1, true
 	}
-	switch {
-	case !ok || l == nil || at.dead || from != nil && l.other(at) == from:
+	if !ok || l == nil || at.dead || from != nil && l.other(at) == from {
 		drop(&n.stats.NoRoute)
 		return
-	case hops == 0:
-		drop(&n.stats.Loops)
-		return
+	}
+	if left < 0 {
+		left = links
+	} else {
+		if p.met[at] {
+			n.stats.Loops++
+		}
+		if left, ok = router.Onward(left, links); !ok {
+			drop(&n.stats.Strayed)
+			return
+		}
+		if p.met == nil {
+			p.met = map[*Host]bool{}
+		}
+		p.met[at] = true
 	}
 	to := l.other(at)
-	at.Sent += uint64(len(msg))
+	at.Sent += uint64(len(p.msg))
 	if !n.passesLocked(at, to) || n.loss > 0 && n.rng.Float64() < n.loss {
 		drop(&n.stats.Lost)
 		return
 	}
+	n.carryLocked(p, at, to, left)
+	if n.twice > 0 && n.rng.Float64() < n.twice {
+		p.src.inFlight++
+		n.carryLocked(&parcel{p.src, p.dst, p.msg, maps.Clone(p.met)}, at, to, left)
+	}
+}
+
+// carryLocked takes a message over one link.
+func (n *Net) carryLocked(p *parcel, at, to *Host, left int) {
 	delay := n.delay
-	if n.vary > 0 {
-		delay += time.Duration(n.rng.Int64N(int64(n.vary)))
+	for _, more := range [3]time.Duration{n.vary, at.starved, to.starved} {
+		if more > 0 {
+			delay += time.Duration(n.rng.Int64N(int64(more)))
+		}
+	}
+	if n.late > 0 && n.rng.Float64() < n.late {
+		delay += time.Duration(n.rng.Int64N(int64(lateness)))
 	}
 	n.afterLocked(delay, func(time.Time) {
 		n.mu.Lock()
-		to.Received += uint64(len(msg))
-		if to.hello.Name != dst {
-			n.forwardLocked(src, to, at, dst, msg, hops-1)
+		to.Received += uint64(len(p.msg))
+		if to.hello.Name != p.dst {
+			n.forwardLocked(p, to, at, left)
 			n.mu.Unlock()
 			return
 		}
-		src.inFlight--
+		p.src.inFlight--
 		n.stats.Delivered++
 		handler, dead := to.handler, to.dead
 		n.mu.Unlock()
 		if !dead && handler != nil {
-			handler.Message(src.hello.Name, msg)
+			handler.Message(p.src.hello.Name, p.msg)
 		}
 	})
 }
