@@ -98,10 +98,10 @@ func run(args []string, env environment, stdout, stderr io.Writer) int {
 		return exitOK
 	}
 	logOptions(log, flags)
-	// With one processor a goroutine that spins in the frame path would starve the heartbeats.
-	if runtime.GOMAXPROCS(0) < 2 {
-		runtime.GOMAXPROCS(2)
-	}
+	// The two goroutines of the frame path wait in system calls, each with one of the runtime's processors in
+	// hand. Were none left beside, the runtime would take theirs away every 20 µs, and each frame had to wait for
+	// two more thread switches until it got one again.
+	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + 3)
 	if err := runUntilSignal(cfg, env, log); err != nil {
 		log.Error("stopped", "err", err)
 		return exitFailed

@@ -35,6 +35,8 @@ type options struct {
 	length   time.Duration // of one measurement
 	only     string
 	whole    bool
+	profile  string
+	measure  string
 }
 
 func run(ctx context.Context, args []string) error {
@@ -46,6 +48,8 @@ func run(ctx context.Context, args []string) error {
 	f.DurationVar(&o.length, "length", 2*time.Second, "`duration` of each measurement")
 	f.StringVar(&o.only, "only", "", "comma-separated `names` of networks; empty means all")
 	f.BoolVar(&o.whole, "whole", false, "let superframes cross the underlay whole, as between namespaces, instead of cut to MTU as on a wire")
+	f.StringVar(&o.profile, "profile", "", "`directory` for CPU profiles of the whole machine, one of each kind of measurement and network (needs perf)")
+	f.StringVar(&o.measure, "measure", "tcp,datagrams,rtt", "comma-separated `kinds` of measurements")
 	if err := f.Parse(args); err != nil {
 		return err
 	}
@@ -82,7 +86,7 @@ func run(ctx context.Context, args []string) error {
 	for round := range o.rounds {
 		for i := range nets {
 			n := nets[(i+round)%len(nets)] // whoever comes after whom changes, too
-			if err := n.measure(ctx, o.length); err != nil {
+			if err := n.measure(ctx, o); err != nil {
 				return fmt.Errorf("%s: %w", n.name, err)
 			}
 			fmt.Printf("round %d of %d: %s\n", round+1, o.rounds, n.last())

@@ -8,6 +8,8 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -51,7 +53,44 @@ func (n *network) last() string {
 }
 
 // measure takes one turn: every figure once.
-func (n *network) measure(ctx context.Context, length time.Duration) error {
+func (n *network) measure(ctx context.Context, o options) error {
+	for _, kind := range []struct {
+		name string
+		run  func(context.Context, time.Duration) error
+	}{{"tcp", n.measureTCP}, {"datagrams", n.measureDatagrams}, {"rtt", n.measureRTT}} {
+		if !slices.Contains(strings.Split(o.measure, ","), kind.name) {
+			continue
+		}
+		stop, err := profile(o.profile, n.name+" "+kind.name)
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(kind.run(ctx, o.length), stop()); err != nil {
+			return err
+		}
+	}
+	return n.measureMemory()
+}
+
+// profile has perf watch all processors until stop is called, if there is a directory to write to.
+func profile(dir, name string) (stop func() error, err error) {
+	if dir == "" {
+		return func() error { return nil }, nil
+	}
+	file := filepath.Join(dir, strings.ReplaceAll(name, " ", "-")+".perf")
+	cmd := exec.Command("perf", "record", "-q", "-a", "-g", "-F", "1999", "-o", file)
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("profile: %w", err)
+	}
+	return func() error {
+		_ = cmd.Process.Signal(os.Interrupt)
+		_ = cmd.Wait() // perf ends by the signal
+		_, err := os.Stat(file)
+		return err
+	}, nil
+}
+
+func (n *network) measureTCP(ctx context.Context, length time.Duration) error {
 	for _, x := range []struct {
 		what    string
 		from    end
@@ -75,11 +114,19 @@ func (n *network) measure(ctx context.Context, length time.Duration) error {
 			n.add(cpuPerGB, (after-before).Seconds()/(float64(bytes)/1e9))
 		}
 	}
+	return nil
+}
+
+func (n *network) measureDatagrams(ctx context.Context, length time.Duration) error {
 	rate, err := datagramRate(ctx, n.a, n.b, length)
 	if err != nil {
 		return fmt.Errorf("%s: %w", datagrams, err)
 	}
 	n.add(datagrams, rate/1000)
+	return nil
+}
+
+func (n *network) measureRTT(ctx context.Context, length time.Duration) error {
 	idle, err := roundTrips(ctx, n.a, n.b, length/2)
 	if err != nil {
 		return fmt.Errorf("%s: %w", rttIdle50, err)
@@ -99,24 +146,30 @@ func (n *network) measure(ctx context.Context, length time.Duration) error {
 		return fmt.Errorf("%s: %w", rttLoaded, err)
 	}
 	n.add(rttLoaded, percentile(loaded, 99))
-	if len(n.daemons) > 0 {
-		most := 0.0
-		for _, d := range n.daemons {
-			for _, pid := range d.host.PIDs(d.comm) {
-				status, err := d.host.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-				if err != nil {
-					return err
-				}
-				for line := range strings.Lines(string(status)) {
-					if f := strings.Fields(line); len(f) > 1 && f[0] == "VmRSS:" {
-						kib, _ := strconv.ParseFloat(f[1], 64)
-						most = max(most, kib/1024)
-					}
+	return nil
+}
+
+// measureMemory takes the most resident memory of the daemons.
+func (n *network) measureMemory() error {
+	if len(n.daemons) == 0 {
+		return nil
+	}
+	most := 0.0
+	for _, d := range n.daemons {
+		for _, pid := range d.host.PIDs(d.comm) {
+			status, err := d.host.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+			if err != nil {
+				return err
+			}
+			for line := range strings.Lines(string(status)) {
+				if f := strings.Fields(line); len(f) > 1 && f[0] == "VmRSS:" {
+					kib, _ := strconv.ParseFloat(f[1], 64)
+					most = max(most, kib/1024)
 				}
 			}
 		}
-		n.add(memoryEach, most)
 	}
+	n.add(memoryEach, most)
 	return nil
 }
 

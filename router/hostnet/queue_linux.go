@@ -3,9 +3,13 @@ package hostnet
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"sync/atomic"
+	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // VNetHdrLen is the size of struct virtio_net_hdr, which starts every buffer of a Queue:
@@ -20,66 +24,74 @@ const vnetNeedsCsum = 1 // VIRTIO_NET_HDR_F_NEEDS_CSUM
 var ErrNoOffload = errors.New("this TAP takes no superframes")
 
 // Queue is one queue of the TAP. Read and Write move whole frames behind a VNetHdrLen header.
+//
+// It stays away from the runtime's poller, which takes two more thread switches per frame: the reader waits
+// in poll itself. Only Close and replace wake it beside frames, by an eventfd.
 type Queue struct {
 	header bool // the kernel reads and writes the header; else Read makes one up and Write obeys it
 
-	file   atomic.Pointer[os.File] // another one once the device was made anew
+	dev    atomic.Pointer[descriptor] // another one once the device was made anew
+	wake   *descriptor
 	closed atomic.Bool
 
-	try tryRead // owned by the reader
+	in reading // owned by the reader
 }
 
-func newQueue(file *os.File, header bool) *Queue {
+// descriptor counts who uses a file, so that it is closed when nobody does.
+type descriptor struct {
+	file *os.File
+	raw  syscall.RawConn
+}
+
+func newDescriptor(file *os.File) (*descriptor, error) {
+	raw, err := file.SyscallConn()
+	return &descriptor{file, raw}, err
+}
+
+func newQueue(file *os.File, header bool) (*Queue, error) {
 	q := &Queue{header: header}
-	q.file.Store(file)
-	return q
+	dev, err := newDescriptor(file)
+	if err != nil {
+		return nil, err
+	}
+	q.dev.Store(dev)
+	event, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("eventfd: %w", err)
+	}
+	if q.wake, err = newDescriptor(os.NewFile(uintptr(event), "wake")); err != nil {
+		return nil, err
+	}
+	q.in.init(q)
+	return q, nil
 }
 
-// replace goes on with another descriptor. A read that waits at the old one goes over to it.
-func (q *Queue) replace(file *os.File) {
-	_ = q.file.Swap(file).Close()
+// replace goes on with another's descriptor. A read that waits at the old one goes over to it.
+func (q *Queue) replace(with *Queue) {
+	old := q.dev.Swap(with.dev.Load())
+	_ = old.file.Close()
+	_ = with.wake.file.Close()
 	if q.closed.Load() {
-		_ = file.Close()
+		_ = q.dev.Load().file.Close()
 	}
+	q.wakeReader()
 }
 
-// read is one read, at whichever descriptor is the queue's.
-func (q *Queue) read(buf []byte) (int, error) {
-	for {
-		file := q.file.Load()
-		if n, err := file.Read(buf); err == nil || q.file.Load() == file {
-			return n, err
-		}
-	}
-}
-
-// Read waits for one frame. It returns os.ErrClosed after Close.
-func (q *Queue) Read(buf []byte) (int, error) {
-	if q.header {
-		return q.read(buf)
-	}
-	if len(buf) < VNetHdrLen {
-		return 0, io.ErrShortBuffer
-	}
-	n, err := q.read(buf[VNetHdrLen:])
-	clear(buf[:VNetHdrLen])
-	if n > 0 {
-		n += VNetHdrLen
-	}
-	return n, err
+func (q *Queue) wakeReader() {
+	_, _ = q.wake.file.Write([]byte{1, 0, 0, 0, 0, 0, 0, 1}) // a number that is not zero in either byte order
 }
 
 // Write hands one frame to the bridge. Without virtio headers in the kernel it completes a checksum that
 // the header leaves open, in buf itself.
 func (q *Queue) Write(buf []byte) (int, error) {
 	if q.header {
-		return q.file.Load().Write(buf)
+		return q.dev.Load().file.Write(buf)
 	}
 	frame, err := finishFrame(buf)
 	if err != nil {
 		return 0, err
 	}
-	if _, err := q.file.Load().Write(frame); err != nil {
+	if _, err := q.dev.Load().file.Write(frame); err != nil {
 		return 0, err
 	}
 	return len(buf), nil
@@ -87,11 +99,15 @@ func (q *Queue) Write(buf []byte) (int, error) {
 
 // Close ends reads and writes that wait. It may be called twice.
 func (q *Queue) Close() error {
-	q.closed.Store(true)
-	if err := q.file.Load().Close(); err != nil && !errors.Is(err, os.ErrClosed) {
-		return err
+	if q.closed.Swap(true) {
+		return nil
 	}
-	return nil
+	q.wakeReader()
+	err := errors.Join(q.dev.Load().file.Close(), q.wake.file.Close())
+	if errors.Is(err, os.ErrClosed) {
+		return nil
+	}
+	return err
 }
 
 // finishFrame does for buf what its header asks of hardware, and returns the frame alone.

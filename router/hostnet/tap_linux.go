@@ -69,7 +69,7 @@ func (h *Host) ReopenTAP(t *TAP) error {
 		return err
 	}
 	for i, q := range t.queues {
-		q.replace(fresh.queues[i].file.Load())
+		q.replace(fresh.queues[i])
 	}
 	t.Index = fresh.Index
 	return nil
@@ -218,8 +218,20 @@ func openQueue(name string) (*Queue, Offload, error) {
 	if o.VNetHdr {
 		setOffload(func(bits int) error { return unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, bits) }, &o)
 	}
-	// Only now under Go's poller: a descriptor without a device polls as broken.
-	return newQueue(os.NewFile(uintptr(fd), tunDevice), o.VNetHdr), o, nil
+	// A file that is blocking when it is made stays away from Go's poller.
+	err = unix.SetNonblock(fd, false)
+	file := os.NewFile(uintptr(fd), tunDevice)
+	if err == nil {
+		err = unix.SetNonblock(fd, true)
+	}
+	var q *Queue
+	if err == nil {
+		q, err = newQueue(file, o.VNetHdr)
+	}
+	if err != nil {
+		return nil, o, errors.Join(err, file.Close())
+	}
+	return q, o, nil
 }
 
 func setIff(fd int, name string, flags uint16) error {

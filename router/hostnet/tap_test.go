@@ -142,13 +142,22 @@ func TestSetOffload(t *testing.T) {
 	}
 }
 
+func testQueue(t *testing.T, file *os.File, header bool) *Queue {
+	t.Helper()
+	q, err := newQueue(file, header)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return q
+}
+
 // Without virtio headers in the kernel the queue makes them up and completes checksums.
 func TestQueueWithoutHeader(t *testing.T) {
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	in, out := newQueue(r, false), newQueue(w, false)
+	in, out := testQueue(t, r, false), testQueue(t, w, false)
 	defer in.Close()
 	defer out.Close()
 	frame := append(make([]byte, VNetHdrLen), "0123456789abcdef"...)

@@ -8,8 +8,9 @@ import (
 // Conn is the UDP socket. ReadBatch blocks and belongs to one goroutine; the rest may be called by many.
 // After Close every call returns net.ErrClosed.
 type Conn interface {
-	// ReadBatch waits for at least one datagram and fills N, Size and Addr of as many as are there.
-	ReadBatch(batch []Datagrams) (int, error)
+	// ReadBatch fills N, Size and Addr of as many datagrams as are there. With wait it waits for one, else
+	// it may return 0.
+	ReadBatch(batch []Datagrams, wait bool) (int, error)
 	// Write sends b cut into datagrams of size bytes, the last one shorter or equal, in one call where
 	// the system can: at most maxSegments datagrams and maxBatch bytes. With wait it blocks while
 	// the socket buffer is full, else it returns errFull.

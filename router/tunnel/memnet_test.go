@@ -74,24 +74,25 @@ func (n *memNet) cutBoth(a, b *memConn, on bool) {
 	n.set(func() { n.cut[[2]netip.AddrPort{a.addr, b.addr}], n.cut[[2]netip.AddrPort{b.addr, a.addr}] = on, on })
 }
 
-func (c *memConn) ReadBatch(batch []Datagrams) (int, error) {
-	select {
-	case <-c.closed:
-		return 0, net.ErrClosed
-	case p := <-c.in:
-		i := 0
-		for {
-			batch[i].N, batch[i].Size, batch[i].Addr = copy(batch[i].Buf, p.b), p.size, p.from
-			if i++; i == len(batch) {
-				return i, nil
+func (c *memConn) ReadBatch(batch []Datagrams, wait bool) (int, error) {
+	for i := range batch {
+		var p memPacket
+		if i == 0 && wait {
+			select {
+			case <-c.closed:
+				return 0, net.ErrClosed
+			case p = <-c.in:
 			}
+		} else {
 			select {
 			case p = <-c.in:
 			default:
 				return i, nil
 			}
 		}
+		batch[i].N, batch[i].Size, batch[i].Addr = copy(batch[i].Buf, p.b), p.size, p.from
 	}
+	return len(batch), nil
 }
 
 func (c *memConn) Write(b []byte, size int, to netip.AddrPort, _ bool) error {

@@ -94,7 +94,7 @@ func readAll(t *testing.T, c Conn, n int) (datagrams [][]byte, from netip.AddrPo
 	stop := time.AfterFunc(5*time.Second, func() { c.Close() })
 	defer stop.Stop()
 	for len(datagrams) < n {
-		got, err := c.ReadBatch(batch)
+		got, err := c.ReadBatch(batch, true)
 		if err != nil {
 			t.Fatalf("%d of %d datagrams: %v", len(datagrams), n, err)
 		}
@@ -171,7 +171,7 @@ func TestUDPClosed(t *testing.T) {
 	}
 	done := make(chan error)
 	go func() {
-		_, err := c.ReadBatch([]Datagrams{{Buf: make([]byte, 100)}})
+		_, err := c.ReadBatch([]Datagrams{{Buf: make([]byte, 100)}}, true)
 		done <- err
 	}()
 	c.Close()

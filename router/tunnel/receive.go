@@ -16,23 +16,24 @@ import (
 // receiver takes datagrams from one socket: it opens data, forwards what is for others, and passes the rest
 // to controlLoop.
 type receiver struct {
-	t     *Tunnel
-	join  *joiner
-	port  Port
-	reply *batch // frames that the switch answers to a peer with
-	nonce [nonceLen]byte
-	now   time.Time
-	ns    int64
+	t       *Tunnel
+	join    *joiner
+	port    Port
+	reply   *batch // frames that the switch answers to a peer with
+	passing passing
+	nonce   [nonceLen]byte
+	now     time.Time
+	ns      int64
 }
 
 const (
 	readBatch  = 64
+	readAgain  = 4 // reads beyond the first before everything is flushed
 	readBuffer = 65535
-	flushAfter = 48 << 10 // bytes
 )
 
 func newReceiver(t *Tunnel) *receiver {
-	r := &receiver{t: t, reply: newBatch(t)}
+	r := &receiver{t: t, reply: newBatch(t), passing: passing{t: t}}
 	if len(t.cfg.Ports) > 0 {
 		r.port = t.cfg.Ports[0]
 	}
@@ -53,7 +54,7 @@ func (r *receiver) run(ctx context.Context) error {
 	}
 	var failed bool
 	for {
-		n, err := r.t.conn.ReadBatch(batch)
+		n, err := r.t.conn.ReadBatch(batch, true)
 		if err != nil {
 			if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
 				return nil
@@ -73,16 +74,20 @@ func (r *receiver) run(ctx context.Context) error {
 		failed = false
 		r.now = time.Now()
 		r.ns = r.t.since(r.now)
-		held := 0
-		for i := range batch[:n] {
-			r.datagrams(&batch[i])
-			// A superframe is 64 KiB at most: holding on to more would only add delay.
-			if held += batch[i].N; held >= flushAfter {
-				r.join.flush()
-				held = 0
+		// A full batch has most likely cut a superframe in two: what is held waits for the rest, if it is there.
+		for again := 0; ; again++ {
+			for i := range batch[:n] {
+				r.datagrams(&batch[i])
+			}
+			if n < len(batch) || again == readAgain {
+				break
+			}
+			if n, err = r.t.conn.ReadBatch(batch, false); err != nil {
+				break // the next one that waits says so
 			}
 		}
 		r.join.flush()
+		r.passing.flush()
 		r.reply.flush()
 	}
 }
@@ -345,7 +350,7 @@ func (r *receiver) hello(b []byte, from origin) {
 
 // relayed deals with datagrams that bear a relay header: the first n bytes of b are one, and what follows in
 // pieces of n too, as one read delivered them. It returns how many bytes it has dealt with. What goes to
-// the same peer is forwarded in one call; it is not opened.
+// the same peer is not opened, and leaves together.
 func (r *receiver) relayed(b []byte, n int, from netip.AddrPort) int {
 	t := r.t
 	hops, to, src, inner, ok := parseRelay(b[:n])
@@ -384,7 +389,7 @@ func (r *receiver) relayed(b []byte, n int, from netip.AddrPort) int {
 	for at := 0; at < run; at += n {
 		b[at+1]--
 	}
-	t.writeFrames(b[:run], n, d.addr)
+	r.passing.add(b[:run], n, d.addr)
 	return run
 }
 

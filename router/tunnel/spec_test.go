@@ -251,7 +251,7 @@ func TestIndependentImplementation(t *testing.T) {
 			var pending [][]byte
 			next := func() []byte {
 				for len(pending) == 0 {
-					if _, err := x.ReadBatch(batch); err != nil {
+					if _, err := x.ReadBatch(batch, true); err != nil {
 						t.Fatal(err)
 					}
 					d := batch[0]

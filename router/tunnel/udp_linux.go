@@ -19,14 +19,19 @@ import (
 
 // udpConn is a UDP socket with segmentation offload in both directions (UDP_SEGMENT, Linux 4.18; UDP_GRO,
 // Linux 5.0), as far as the kernel has it, which is found out by trying.
+//
+// It stays away from the runtime's poller: there every datagram that leaves the machine would wake a thread,
+// because the socket has room again. The reader waits in recvmmsg itself, so a datagram that comes
+// costs one wake-up and one system call.
 type udpConn struct {
-	conn  *net.UDPConn
-	raw   syscall.RawConn
-	v6    bool // the socket is AF_INET6 and takes IPv4 as mapped addresses
-	local netip.AddrPort
-	log   *slog.Logger
-	gso   atomic.Bool // off for good once the kernel refused it
-	gro   bool
+	file   *os.File // blocking, and counts who uses the descriptor
+	raw    syscall.RawConn
+	closed atomic.Bool
+	v6     bool // the socket is AF_INET6 and takes IPv4 as mapped addresses
+	local  netip.AddrPort
+	log    *slog.Logger
+	gso    atomic.Bool // off for good once the kernel refused it
+	gro    bool
 
 	scoutMu        sync.Mutex // guards what the scouts are connected to
 	scout4, scout6 *os.File   // for PathMTU
@@ -37,7 +42,8 @@ type udpConn struct {
 	ctrl  [][groControl]byte
 	got   int
 	rerr  error
-	read  func(fd uintptr) bool
+	flags uintptr // of recvmmsg
+	read  func(fd uintptr)
 }
 
 // mmsg is struct mmsghdr of recvmmsg(2).
@@ -72,22 +78,42 @@ func listenUDP(addr netip.AddrPort) (*udpConn, error) {
 		return nil, err
 	}
 	conn := pc.(*net.UDPConn)
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		conn.Close()
+	local := conn.LocalAddr().(*net.UDPAddr).AddrPort()
+	c := &udpConn{local: netip.AddrPortFrom(local.Addr().Unmap(), local.Port())}
+	c.file, err = withoutPoller(conn)
+	if err = errors.Join(err, conn.Close()); err != nil {
 		return nil, err
 	}
-	c := &udpConn{conn: conn, raw: raw}
-	local := conn.LocalAddr().(*net.UDPAddr).AddrPort()
-	c.local = netip.AddrPortFrom(local.Addr().Unmap(), local.Port())
+	if c.raw, err = c.file.SyscallConn(); err != nil {
+		return nil, err
+	}
 	var sockErr error
-	if err := raw.Control(func(fd uintptr) { sockErr = c.setup(int(fd)) }); err != nil || sockErr != nil {
-		conn.Close()
-		return nil, errors.Join(err, sockErr)
+	if err := c.raw.Control(func(fd uintptr) { sockErr = c.setup(int(fd)) }); err != nil || sockErr != nil {
+		return nil, errors.Join(err, sockErr, c.file.Close())
 	}
 	c.read = c.recvmmsg
 	c.scout4, c.scout6 = openScout(unix.AF_INET), openScout(unix.AF_INET6)
 	return c, nil
+}
+
+// withoutPoller gives another descriptor of conn's socket, which is made blocking.
+func withoutPoller(conn *net.UDPConn) (file *os.File, err error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	cerr := raw.Control(func(fd uintptr) {
+		var dup int
+		if dup, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0); err != nil {
+			return
+		}
+		if err = unix.SetNonblock(dup, false); err != nil {
+			unix.Close(dup)
+			return
+		}
+		file = os.NewFile(uintptr(dup), "udp")
+	})
+	return file, errors.Join(cerr, err)
 }
 
 func (c *udpConn) setup(fd int) error {
@@ -126,14 +152,17 @@ func (c *udpConn) Close() error {
 			s.Close()
 		}
 	}
-	if err := c.conn.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
-		return err
+	if c.closed.Swap(true) {
+		return nil
 	}
-	return nil
+	// This wakes the reader, though on a socket without a peer it returns ENOTCONN. The descriptor goes when
+	// nobody uses it any more.
+	c.raw.Control(func(fd uintptr) { unix.Shutdown(int(fd), unix.SHUT_RDWR) })
+	return c.file.Close()
 }
 
 // ReadBatch implements Conn with recvmmsg(2).
-func (c *udpConn) ReadBatch(batch []Datagrams) (int, error) {
+func (c *udpConn) ReadBatch(batch []Datagrams, wait bool) (int, error) {
 	if len(c.msgs) < len(batch) {
 		c.msgs = make([]mmsg, len(batch))
 		c.iovs = make([]unix.Iovec, len(batch))
@@ -153,8 +182,12 @@ func (c *udpConn) ReadBatch(batch []Datagrams) (int, error) {
 		h.Flags = 0
 	}
 	c.msgs = c.msgs[:len(batch)]
-	if err := c.raw.Read(c.read); err != nil {
-		return 0, err
+	c.flags = unix.MSG_DONTWAIT
+	if wait {
+		c.flags = unix.MSG_WAITFORONE
+	}
+	if err := c.raw.Control(c.read); err != nil || c.closed.Load() {
+		return 0, net.ErrClosed
 	}
 	if c.rerr != nil {
 		return 0, c.rerr
@@ -168,21 +201,21 @@ func (c *udpConn) ReadBatch(batch []Datagrams) (int, error) {
 	return c.got, nil
 }
 
-// recvmmsg runs under the runtime's poller: false means wait for readability.
-func (c *udpConn) recvmmsg(fd uintptr) bool {
+// recvmmsg takes what is there.
+func (c *udpConn) recvmmsg(fd uintptr) {
 	for {
-		n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&c.msgs[0])), uintptr(len(c.msgs)), unix.MSG_DONTWAIT, 0, 0)
-		switch errno {
-		case 0:
-			c.got, c.rerr = int(n), nil
-			return true
-		case unix.EINTR:
+		n, _, errno := unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&c.msgs[0])), uintptr(len(c.msgs)), c.flags, 0, 0)
+		if errno == unix.EINTR && !c.closed.Load() {
 			continue
-		case unix.EAGAIN:
-			return false
 		}
-		c.got, c.rerr = 0, errno
-		return true
+		if errno == unix.EAGAIN {
+			n, errno = 0, 0
+		}
+		c.got, c.rerr = int(n), nil
+		if errno != 0 {
+			c.got, c.rerr = 0, errno
+		}
+		return
 	}
 }
 
@@ -256,27 +289,27 @@ func (c *udpConn) Write(b []byte, size int, to netip.AddrPort, wait bool) error 
 
 // sendArgs is what one sendmsg needs; from a pool, for a pointer handed to the kernel must be on the heap.
 type sendArgs struct {
+	conn *udpConn
 	hdr  unix.Msghdr
 	iov  unix.Iovec
 	name unix.RawSockaddrInet6
 	ctrl [24]byte // CmsgSpace(2)
-	wait bool
+	wait [1]unix.PollFd
+	poll bool // wait for room
 	err  error
-	once func(fd uintptr)
-	f    func(fd uintptr) bool
+	f    func(fd uintptr)
 }
 
 func newSendArgs() *sendArgs {
 	a := new(sendArgs)
 	a.f = a.sendmsg
-	a.once = func(fd uintptr) { a.sendmsg(fd) }
 	return a
 }
 
 func (c *udpConn) send(b []byte, segment int, to netip.AddrPort, wait bool) error {
 	a := sendPool.Get().(*sendArgs)
 	defer sendPool.Put(a)
-	a.wait, a.err = wait, nil
+	a.conn, a.poll, a.err = c, wait, nil
 	n, err := c.sockaddr(&a.name, to)
 	if err != nil {
 		return err
@@ -293,39 +326,38 @@ func (c *udpConn) send(b []byte, segment int, to netip.AddrPort, wait bool) erro
 		a.hdr.Control = &a.ctrl[0]
 		a.hdr.SetControllen(unix.CmsgSpace(2))
 	}
-	// Control does not take the descriptor's write lock, so senders do not queue behind each other.
-	if err = c.raw.Control(a.once); err == nil && wait && errors.Is(a.err, errFull) {
-		err = c.raw.Write(a.f)
-	}
-	a.iov.Base = nil
+	err = c.raw.Control(a.f)
+	a.conn, a.iov.Base = nil, nil
 	if err != nil {
-		return err
+		return net.ErrClosed
 	}
 	return a.err
 }
 
-// sendmsg runs under the runtime's poller: false means wait for room.
-func (a *sendArgs) sendmsg(fd uintptr) bool {
+const sendWait = 100 // ms, after which a closed socket is noticed by who waits for room
+
+func (a *sendArgs) sendmsg(fd uintptr) {
 	for {
 		_, _, errno := unix.Syscall(unix.SYS_SENDMSG, fd, uintptr(unsafe.Pointer(&a.hdr)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
-		switch errno {
-		case 0:
+		switch {
+		case errno == 0:
 			a.err = nil
-		case unix.EINTR:
+		case a.conn.closed.Load():
+			a.err = net.ErrClosed
+		case errno == unix.EINTR:
 			continue
-		case unix.EAGAIN:
+		case errno == unix.EAGAIN && a.poll:
+			a.wait[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLOUT}
+			unix.Poll(a.wait[:], sendWait)
+			continue
+		case errno == unix.EAGAIN || errno == unix.ENOBUFS:
 			a.err = errFull
-			if a.wait {
-				return false
-			}
-		case unix.ENOBUFS:
-			a.err = errFull
-		case unix.EMSGSIZE:
+		case errno == unix.EMSGSIZE:
 			a.err = errTooLarge
 		default:
 			a.err = errno
 		}
-		return true
+		return
 	}
 }
 

@@ -13,7 +13,7 @@ func TestTryRead(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		in, out := newQueue(r, header), newQueue(w, header)
+		in, out := testQueue(t, r, header), testQueue(t, w, header)
 		defer out.Close()
 		buf := bytes.Repeat([]byte{0xff}, 100)
 		if n, err := in.TryRead(buf); n != 0 || err != nil {
