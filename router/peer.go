@@ -31,6 +31,9 @@ type Peer struct {
 	Flags       Flags
 }
 
+// Protocol is the version of what peers tell each other. Since 2 they sign it; who does not is refused.
+const Protocol = 2
+
 // MaxNickName is the largest nickname in bytes.
 const MaxNickName = 64
 

@@ -11,7 +11,10 @@ import (
 // Topology is the replicated table of peers and their links. Every peer writes its own records and
 // nobody else's; of two versions of a record the later in {incarnation, run, version} stays, and records
 // of a run that a later one has superseded are dropped. That is a join of semilattices, so merging
-// commutes, associates and may be repeated.
+// commutes, associates and may be repeated, once it is known whose keys bear the names.
+//
+// Records are signed by the peer that they are about (see Keys): what somebody else says in its name is not
+// taken in and not passed on. Which key bears a name is said in bears.
 //
 // A peer that has been unreachable for half of the time after which it is forgotten is no longer
 // offered to others: by the time that one peer forgets it, nobody is left who would bring it back.
@@ -19,6 +22,7 @@ import (
 // All methods may be called from any goroutine; none blocks.
 type Topology struct {
 	self mesh.PeerName // fixed
+	keys Keys
 
 	mu      sync.Mutex
 	me      Peer
@@ -49,7 +53,9 @@ type entry struct {
 	down   time.Time // when it was first found unreachable; zero while reachable
 	known  bool      // a state has been reported
 	state  PeerState
-	hidden bool // not offered to others any more
+	hidden bool     // not offered to others any more
+	linked bool     // there is a live link to it,
+	proven [32]byte // whose handshake proved this key
 }
 
 // maxPeers bounds what a peer gone mad can make us hold.
@@ -60,10 +66,14 @@ const maxPeers = 1 << 14
 const rivalProof = 3
 
 // NewTopology starts a table with the peer itself in it. Incarnation is ignored: it starts at one and
-// grows when an earlier run is met.
-func NewTopology(self Peer) *Topology {
+// grows when an earlier run is met. Without keys nobody else's word is taken in.
+func NewTopology(self Peer, keys Keys) *Topology {
+	if keys == nil {
+		keys = noKeys{}
+	}
 	t := &Topology{
 		self:    self.Name,
+		keys:    keys,
 		me:      self,
 		peers:   map[mesh.PeerName]*entry{self.Name: {pages: map[uint8]*record{}}},
 		byKey:   map[uint64]*record{},
@@ -196,6 +206,7 @@ func (t *Topology) stampLocked(page int) *record {
 			r.body = appendLink(r.body, &r.links[i])
 		}
 	}
+	r.sig = t.keys.Sign(r.signed())
 	t.storeLocked(t.peers[t.self], r)
 	return r
 }
@@ -220,38 +231,38 @@ func (t *Topology) storeLocked(e *entry, r *record) {
 
 // Merge takes in what another peer passed on and returns what of it was new here, and what we had to
 // say to it: a delta to pass on in turn, possibly larger than one message (see Split). A malformed delta
-// is rejected whole.
+// is rejected whole; records that are not signed as they must be are left out, and then the error is a
+// *mesh.Refusal.
 func (t *Topology) Merge(_ mesh.PeerName, delta []byte) (news []byte, err error) {
 	records, err := parseRecords(delta)
 	if err != nil {
 		return nil, err
 	}
+	slices.SortStableFunc(records, basesFirst) // a peer's own record brings the key for its pages
+	var refused mesh.Refusal
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, r := range records {
 		if r.id.peer == t.self {
-			for _, own := range t.answerLocked(r) {
-				news = appendRecord(news, own)
-			}
-			continue
-		}
-		e := t.peers[r.id.peer]
-		if e == nil {
-			if len(t.peers) >= maxPeers {
+			if t.echoLocked(r) {
 				continue
 			}
-			e = &entry{pages: map[uint8]*record{}}
-			t.peers[r.id.peer] = e
-		}
-		old := e.base
-		if r.id.page != 0 {
-			old = e.pages[r.id.page]
-			if e.base != nil && r.epoch.Compare(e.base.epoch) < 0 {
-				continue // of a run that is over
+			if t.genuineLocked(r, &refused) {
+				for _, own := range t.answerLocked(r) {
+					news = appendRecord(news, own)
+				}
 			}
-		}
-		if old != nil && !r.newer(old) {
 			continue
+		}
+		if t.staleLocked(r) || !t.genuineLocked(r, &refused) {
+			continue
+		}
+		e := t.entryLocked(r.id.peer)
+		if e == nil {
+			continue
+		}
+		if r.id.page == 0 && e.base != nil && e.base.peer.Key != r.peer.Key {
+			t.dropLocked(e) // the name has another bearer now
 		}
 		t.storeLocked(e, r)
 		news = appendRecord(news, r)
@@ -260,25 +271,68 @@ func (t *Topology) Merge(_ mesh.PeerName, delta []byte) (news []byte, err error)
 			news = appendRecord(news, t.stampLocked(0))
 		}
 	}
-	return news, nil
+	return news, refused.Err()
 }
 
-// answerLocked deals with a record of our own name that came from elsewhere: it is our own word, or
-// remains of an earlier run, or another peer bearing our name.
+func basesFirst(a, b *record) int { return min(int(a.id.page), 1) - min(int(b.id.page), 1) }
+
+// entryLocked finds or makes the entry of a peer; nil if there are too many.
+func (t *Topology) entryLocked(name mesh.PeerName) *entry {
+	e := t.peers[name]
+	if e == nil && len(t.peers) < maxPeers {
+		e = &entry{pages: map[uint8]*record{}}
+		t.peers[name] = e
+	}
+	return e
+}
+
+// dropLocked forgets all records of a peer.
+func (t *Topology) dropLocked(e *entry) {
+	for _, r := range e.records() {
+		delete(t.byKey, r.id.key())
+	}
+	e.base = nil
+	clear(e.pages)
+	t.changes++
+}
+
+// staleLocked reports whether another peer's record says nothing new. It is asked before the signature is
+// looked at, so that every record is verified once however often it comes.
+func (t *Topology) staleLocked(r *record) bool {
+	e := t.peers[r.id.peer]
+	if e == nil {
+		return len(t.peers) >= maxPeers
+	}
+	if r.id.page == 0 {
+		// Versions order the words of one key only.
+		return e.base != nil && e.base.peer.Key == r.peer.Key && !r.newer(e.base)
+	}
+	if e.base != nil && r.epoch.Compare(e.base.epoch) < 0 {
+		return true // of a run that is over
+	}
+	old := e.pages[r.id.page]
+	return old != nil && !r.newer(old)
+}
+
+// echoLocked reports whether a record of our own name is our own word, or older.
+func (t *Topology) echoLocked(r *record) bool {
+	if c := r.epoch.Compare(Epoch{t.me.Incarnation, t.me.Run}); c != 0 {
+		return c < 0
+	}
+	old := t.peers[t.self].base
+	if r.id.page != 0 {
+		old = t.peers[t.self].pages[r.id.page]
+	}
+	return old != nil && !r.newer(old)
+}
+
+// answerLocked deals with a record that our own key signed and that outdoes what we say: remains of an
+// earlier run, or the word of a clone.
 func (t *Topology) answerLocked(r *record) []*record {
 	mine := Epoch{t.me.Incarnation, t.me.Run}
-	switch c := r.epoch.Compare(mine); {
-	case c < 0:
-		return nil
-	case c == 0:
-		old := t.peers[t.self].base
-		if r.id.page != 0 {
-			old = t.peers[t.self].pages[r.id.page]
-		}
-		if old != nil && !r.newer(old) {
-			return nil
-		}
-		t.version = max(t.version, r.version) // somebody else wrote it, or a page that we never had
+	switch {
+	case r.epoch == mine:
+		t.version = max(t.version, r.version) // a clone wrote it, or we before our clock of versions was lost
 	default:
 		if t.rival != nil {
 			return nil
@@ -357,6 +411,7 @@ func (t *Topology) Encode(keys []uint64, limit int) [][]byte {
 			out = append(out, r)
 		}
 	}
+	slices.SortStableFunc(out, basesFirst) // nobody understands a page without
 	return pack(out, limit)
 }
 
@@ -434,6 +489,18 @@ func (t *Topology) Peer(name mesh.PeerName) (Peer, bool) {
 	return e.base.peer, true
 }
 
+// records are the base and all pages.
+func (e *entry) records() []*record {
+	out := make([]*record, 0, 1+len(e.pages))
+	if e.base != nil {
+		out = append(out, e.base)
+	}
+	for _, p := range e.pages {
+		out = append(out, p)
+	}
+	return out
+}
+
 // livePages are the pages of the run that the peer is in, in order.
 func (e *entry) livePages() []*record {
 	var out []*record
@@ -484,13 +551,10 @@ func (t *Topology) Reach(now time.Time, limit Patience, reachable func(mesh.Peer
 			}
 			if now.Sub(e.down) > limit.Gone {
 				state = Gone
-				if e.base != nil {
-					delete(t.byKey, e.base.id.key())
-				}
-				for _, p := range e.pages {
-					delete(t.byKey, p.id.key())
-				}
 				delete(t.peers, name)
+				for _, r := range e.records() {
+					delete(t.byKey, r.id.key())
+				}
 				t.digests = nil
 			}
 		}

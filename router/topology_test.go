@@ -2,6 +2,7 @@ package router
 
 import (
 	"bytes"
+	"crypto/sha512"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
@@ -19,8 +20,22 @@ var t0 = time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)
 func pn(i int) mesh.PeerName { return mesh.PeerName{2, 0, 0, 0, byte(i >> 8), byte(i)} }
 
 func newPeer(i int) Peer {
-	return Peer{Name: pn(i), Run: mesh.RunID(1000 + i), NickName: fmt.Sprint("host", i), Port: 6783, MTU: 1400}
+	return Peer{Name: pn(i), Key: [32]byte{8: byte(i >> 8), 9: byte(i), 31: 1}, Run: mesh.RunID(1000 + i), NickName: fmt.Sprint("host", i), Port: 6783, MTU: 1400}
 }
+
+// testKeys sign with a hash that everybody could compute, under their own key. The name that follows from a key
+// is its first six bytes.
+type testKeys [32]byte
+
+func (k testKeys) Sign(msg []byte) [64]byte { return sha512.Sum512(append(k[:], msg...)) }
+
+func (testKeys) Verify(key [32]byte, msg []byte, sig [64]byte) bool {
+	return testKeys(key).Sign(msg) == sig
+}
+
+func (testKeys) NameOf(key [32]byte) mesh.PeerName { return mesh.PeerName(key[:6]) }
+
+func newTopology(p Peer) *Topology { return NewTopology(p, testKeys(p.Key)) }
 
 func linkTo(i int, rtt time.Duration) PeerLink {
 	return PeerLink{To: pn(i), RTT: RoundRTT(rtt), MTU: 1400, Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 6783)}
@@ -59,7 +74,7 @@ func items(t *Topology) []mesh.Item {
 }
 
 func TestLinksSpreadOverPages(t *testing.T) {
-	a, b := NewTopology(newPeer(1)), NewTopology(newPeer(2))
+	a, b := newTopology(newPeer(1)), newTopology(newPeer(2))
 	var links []PeerLink
 	for i := 2; i < 102; i++ {
 		links = append(links, linkTo(i, time.Millisecond))
@@ -88,13 +103,13 @@ func TestLinksSpreadOverPages(t *testing.T) {
 }
 
 func TestRestartSupersedes(t *testing.T) {
-	old, other := NewTopology(newPeer(1)), NewTopology(newPeer(2))
+	old, other := newTopology(newPeer(1)), newTopology(newPeer(2))
 	old.SetLinks([]PeerLink{linkTo(2, time.Millisecond), linkTo(3, time.Millisecond)})
 	merge(t, other, all(old))
 
 	p := newPeer(1)
 	p.Run = 7 // lower than the old one: the order must not depend on it
-	restarted := NewTopology(p)
+	restarted := newTopology(p)
 	restarted.SetLinks([]PeerLink{linkTo(2, time.Millisecond)})
 	news := merge(t, restarted, all(other))
 	merge(t, other, news)
@@ -115,11 +130,11 @@ func TestRestartSupersedes(t *testing.T) {
 
 // Two live peers with one name outbid each other; the one that came second must find out, and only that.
 func TestSecondOfTwoClonesGivesWay(t *testing.T) {
-	first, world := NewTopology(newPeer(1)), NewTopology(newPeer(2))
+	first, world := newTopology(newPeer(1)), newTopology(newPeer(2))
 	merge(t, world, all(first))
 	p := newPeer(1)
 	p.Run = 5000
-	second := NewTopology(p)
+	second := newTopology(p)
 	nobody := func(mesh.PeerName) bool { return false }
 	first.Reach(t0, Patience{0, time.Hour}, nobody)
 	first.Reach(t0.Add(time.Minute), Patience{0, time.Hour}, nobody)
@@ -144,7 +159,7 @@ func TestShortIDCollision(t *testing.T) {
 	mk := func(i int) *Topology {
 		p := newPeer(i)
 		p.Flags, p.ShortID = FlagKernel, 77
-		return NewTopology(p)
+		return newTopology(p)
 	}
 	low, high := mk(1), mk(2)
 	a, b := all(low), all(high)
@@ -171,11 +186,11 @@ func TestShortIDCollision(t *testing.T) {
 		t.Errorf("with the kernel path again it has %d, want the one from before", got)
 	}
 	// As many peers as there are ids: the last one goes without, and the draw ends.
-	full := NewTopology(newPeer(1))
+	full := newTopology(newPeer(1))
 	for i := 2; i < 2+int(mesh.MaxShortID); i++ {
 		p := newPeer(i)
 		p.Flags, p.ShortID = FlagKernel, mesh.ShortID(i-1)
-		merge(t, full, all(NewTopology(p)))
+		merge(t, full, all(newTopology(p)))
 	}
 	full.Update(func(p *Peer) { p.Flags = FlagKernel })
 	if got := full.Self().ShortID; got != 0 {
@@ -184,7 +199,7 @@ func TestShortIDCollision(t *testing.T) {
 }
 
 func TestUnreachablePeersAreSuspectedThenForgotten(t *testing.T) {
-	a, b := NewTopology(newPeer(1)), NewTopology(newPeer(2))
+	a, b := newTopology(newPeer(1)), newTopology(newPeer(2))
 	delta := all(b)
 	merge(t, a, delta)
 	up := true
@@ -248,6 +263,7 @@ func drawDelta(t *rapid.T) []byte {
 				r.body = appendLink(r.body, &l)
 			}
 		}
+		r.sig = testKeys(newPeer(int(r.id.peer[5])).Key).Sign(r.signed())
 		out = appendRecord(out, r)
 	}
 	return out
@@ -256,8 +272,15 @@ func drawDelta(t *rapid.T) []byte {
 func TestMergeIsASemilattice(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		deltas := [][]byte{drawDelta(t), drawDelta(t), drawDelta(t)}
+		fresh := func() *Topology { // that knows who bears the names, so that pages may come first
+			topo := newTopology(newPeer(1))
+			for i := 2; i <= 4; i++ {
+				topo.Linked(pn(i), newPeer(i).Key, true)
+			}
+			return topo
+		}
 		feed := func(order ...[]byte) *Topology {
-			topo := NewTopology(newPeer(1))
+			topo := fresh()
 			for _, d := range order {
 				if _, err := topo.Merge(pn(9), d); err != nil {
 					t.Fatal(err)
@@ -279,7 +302,7 @@ func TestMergeIsASemilattice(t *testing.T) {
 			t.Fatalf("feeding the table back is news: %x", news)
 		}
 		// News is what is needed to bring another table along.
-		left, right := NewTopology(newPeer(1)), NewTopology(newPeer(1))
+		left, right := fresh(), fresh()
 		for _, d := range deltas {
 			news, _ := left.Merge(pn(9), d)
 			right.Merge(pn(9), news)
@@ -291,7 +314,7 @@ func TestMergeIsASemilattice(t *testing.T) {
 }
 
 func FuzzTopologyDelta(f *testing.F) {
-	a := NewTopology(newPeer(1))
+	a := newTopology(newPeer(1))
 	l := linkTo(3, time.Millisecond)
 	l.Addr = netip.MustParseAddrPort("[2001:db8::1]:6783")
 	a.SetLinks([]PeerLink{linkTo(2, time.Millisecond), l})
@@ -325,7 +348,16 @@ func FuzzTopologyDelta(f *testing.F) {
 		if !bytes.Equal(out, in) {
 			t.Errorf("got %x, want %x", out, in)
 		}
-		topo := NewTopology(newPeer(1))
+		for _, r := range records { // as the fuzzer will not find signatures
+			if r.id.page == 0 {
+				r.sig = testKeys(r.peer.Key).Sign(r.signed())
+			} else {
+				r.sig = testKeys(newPeer(3).Key).Sign(r.signed())
+			}
+			in = appendRecord(in, r)
+		}
+		topo := newTopology(newPeer(1))
+		topo.Linked(pn(3), newPeer(3).Key, true)
 		topo.Merge(pn(2), in)
 		topo.Routes()
 	})
@@ -336,7 +368,7 @@ func cluster(t testing.TB, n int, links map[[2]int]PeerLink) []*Topology {
 	topos := make([]*Topology, n)
 	var everything []byte
 	for i := range topos {
-		topos[i] = NewTopology(newPeer(i))
+		topos[i] = newTopology(newPeer(i))
 		var own []PeerLink
 		for ends, l := range links {
 			for k, from := range ends {
@@ -387,7 +419,7 @@ func TestRoutes(t *testing.T) {
 }
 
 func TestOneSidedLinksDoNotCount(t *testing.T) {
-	a, b, c := NewTopology(newPeer(1)), NewTopology(newPeer(2)), NewTopology(newPeer(3))
+	a, b, c := newTopology(newPeer(1)), newTopology(newPeer(2)), newTopology(newPeer(3))
 	a.SetLinks([]PeerLink{linkTo(2, time.Millisecond)})
 	b.SetLinks([]PeerLink{linkTo(3, time.Millisecond)}) // 3 does not say so, nor does 2 of 1
 	merge(t, a, all(b), all(c))
@@ -399,7 +431,7 @@ func TestOneSidedLinksDoNotCount(t *testing.T) {
 	if _, ok := r.NextHop(pn(3)); ok {
 		t.Error("a link counts that only one end reports")
 	}
-	fresh := NewTopology(newPeer(4))
+	fresh := newTopology(newPeer(4))
 	fresh.SetLinks([]PeerLink{linkTo(1, time.Millisecond)})
 	if via, ok := fresh.Routes().NextHop(pn(1)); !ok || via != pn(1) {
 		t.Error("a neighbour that has not said anything yet is not reached")
@@ -480,9 +512,9 @@ func BenchmarkRoutes(b *testing.B) {
 			own[from] = append(own[from], l)
 		}
 	}
-	topo := NewTopology(newPeer(0))
+	topo := newTopology(newPeer(0))
 	for i := range own {
-		p := NewTopology(newPeer(i))
+		p := newTopology(newPeer(i))
 		p.SetLinks(own[i])
 		if i == 0 {
 			topo.SetLinks(own[0])

@@ -18,7 +18,11 @@ import (
 //	 9  4  incarnation ┐
 //	13  8  run         ┘ the epoch
 //	21  4  version, counting within the epoch over all pages
-//	25  n  body
+//	25 64  signature
+//	89  n  body
+//
+// The signature (Ed25519) is the peer's own, over "meshd topology 1", the 25 bytes before it and the body as
+// it came. Its key is that of the peer's page 0; a page of links is understood by who has that.
 //
 // Body of page 0; a later version appends, an earlier one ignores what is appended and passes it on:
 //
@@ -45,7 +49,8 @@ import (
 //
 // A page holds at most linksPerPage links, so that every record fits one message between peers.
 const (
-	recordHeader = 2 + 6 + 1 + 4 + 8 + 4
+	signedHeader = 2 + 6 + 1 + 4 + 8 + 4
+	recordHeader = signedHeader + 64
 	peerBody     = 32 + 2 + 2 + 2 + 4 + 4 + 1 + 1
 	nickLength   = peerBody - 1
 	linkBody4    = 6 + 1 + 1 + 2 + 1 + 4 + 2
@@ -74,6 +79,7 @@ type record struct {
 	id      pageID
 	epoch   Epoch
 	version uint32
+	sig     [64]byte
 	body    []byte // as it came, with what a newer version may have appended; never changed
 	peer    Peer   // page 0
 	links   []PeerLink
@@ -92,14 +98,28 @@ func (r *record) newer(old *record) bool {
 	return string(r.body) > string(old.body)
 }
 
-func appendRecord(b []byte, r *record) []byte {
+func (r *record) appendHeader(b []byte) []byte {
 	b = binary.BigEndian.AppendUint16(b, uint16(len(r.body)))
 	b = append(b, r.id.peer[:]...)
 	b = append(b, r.id.page)
 	b = binary.BigEndian.AppendUint32(b, r.epoch.Incarnation)
 	b = binary.BigEndian.AppendUint64(b, uint64(r.epoch.Run))
-	b = binary.BigEndian.AppendUint32(b, r.version)
+	return binary.BigEndian.AppendUint32(b, r.version)
+}
+
+func appendRecord(b []byte, r *record) []byte {
+	b = r.appendHeader(b)
+	b = append(b, r.sig[:]...)
 	return append(b, r.body...)
+}
+
+// signContext begins everything that a peer signs here, so that it stands for nothing else.
+const signContext = "meshd topology 1"
+
+// signed is what the signature is over.
+func (r *record) signed() []byte {
+	b := make([]byte, 0, len(signContext)+signedHeader+len(r.body))
+	return append(r.appendHeader(append(b, signContext...)), r.body...)
 }
 
 // parseRecords reads a whole delta or nothing. The records own their bytes.
@@ -117,6 +137,7 @@ func parseRecords(b []byte) ([]*record, error) {
 			id:      pageID{mesh.PeerName(b[2:8]), b[8]},
 			epoch:   Epoch{binary.BigEndian.Uint32(b[9:]), mesh.RunID(binary.BigEndian.Uint64(b[13:]))},
 			version: binary.BigEndian.Uint32(b[21:]),
+			sig:     [64]byte(b[signedHeader:]),
 			body:    append([]byte(nil), b[recordHeader:recordHeader+n]...),
 		}
 		if r.id.peer.IsZero() {
@@ -253,7 +274,7 @@ func (id pageID) key() uint64 {
 
 func (r *record) cachedItem() mesh.Item {
 	if r.digest == (mesh.Item{}) {
-		r.digest = mesh.Item{Key: r.id.key(), Version: mix64(hash64(hashStart, appendRecord(nil, r)))}
+		r.digest = mesh.Item{Key: r.id.key(), Version: mix64(hash64(hashStart, r.signed()))}
 	}
 	return r.digest
 }

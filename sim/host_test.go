@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -67,6 +68,8 @@ type life struct {
 	frames *router.Switch
 	ctx    context.Context
 	stop   context.CancelFunc
+
+	topology atomic.Pointer[router.Topology] // whose keys bear the names; nil until the gossip is made
 }
 
 const domain = "mesh.internal."
@@ -124,6 +127,7 @@ func (w *world) config(i int, cfg *gossip.Config) { cfg.OnPeers = w.hosts[i].lif
 
 func (w *world) prepare(i int, node *gossip.Node) {
 	l := w.hosts[i].life
+	l.topology.Store(node.Topology())
 	node.AddTable(mesh.ChanNames, l.names)
 	node.AddTable(mesh.ChanRing, l.addrs.Table())
 	node.Handle(mesh.ChanAddresses, l.addrs.Message)
@@ -138,6 +142,25 @@ func (w *world) prepare(i int, node *gossip.Node) {
 }
 
 // Broadcast and Send make the life ipam's Network.
+// Sign, Verify, Key and Bearer make the life records.Keys.
+func (l *life) Sign(msg []byte) [64]byte { return simnet.Keys(simnet.KeyOf(l.host.n)).Sign(msg) }
+
+func (l *life) Verify(key [32]byte, msg []byte, sig [64]byte) bool {
+	return simnet.Keys{}.Verify(key, msg, sig)
+}
+
+func (l *life) Key(peer mesh.PeerName) (key [32]byte, ok bool) {
+	if peer == simnet.NameOf(l.host.n) {
+		return simnet.KeyOf(l.host.n), true
+	}
+	if topology := l.topology.Load(); topology != nil {
+		return topology.KeyOf(peer)
+	}
+	return key, false
+}
+
+func (l *life) Bearer(key [32]byte) mesh.PeerName { return l.topology.Load().Bearer(key) }
+
 func (l *life) Broadcast(ch mesh.Channel, delta []byte) { _ = l.peer.Node.Broadcast(ch, delta) }
 
 func (l *life) Send(to mesh.PeerName, ch mesh.Channel, msg []byte) error {
@@ -155,7 +178,7 @@ func (h *host) start(targets ...int) {
 	self := simnet.NameOf(h.n)
 	var err error
 	l.names, err = records.Open(records.Config{
-		Self: self, Run: mesh.RunID(w.random(1 << 62)), Domain: domain, Store: l.mount, Now: time.Now(),
+		Self: self, Run: mesh.RunID(w.random(1 << 62)), Keys: l, Domain: domain, Store: l.mount, Now: time.Now(),
 	})
 	if errors.Is(err, errFull) {
 		w.count("start refused: disk")

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 
 	"meshd/mesh"
+	"meshd/router"
 	"meshd/router/tunnel"
 	"meshd/store"
 )
@@ -17,7 +18,7 @@ import (
 // Keys of the bucket that holds what meshd itself remembers.
 const (
 	bucketSelf = "meshd"
-	keyPrivate = "private-key" // 32 bytes, Curve25519
+	keyPrivate = "private-key" // 32 bytes: see tunnel.Identity
 	keyTargets = "targets"     // JSON array of strings
 	keyShortID = "short-id"    // 2 bytes, big endian
 	keyMet     = "met"         // JSON array of addresses with port
@@ -46,6 +47,16 @@ func identity(s *store.Store) (tunnel.Identity, error) {
 	}
 	return id, nil
 }
+
+// rowKeys are what the table of endpoints and names needs to sign and verify its rows.
+type rowKeys struct {
+	tunnel.Identity
+	topology *router.Topology
+}
+
+func (k rowKeys) Key(peer mesh.PeerName) ([32]byte, bool) { return k.topology.KeyOf(peer) }
+
+func (k rowKeys) Bearer(key [32]byte) mesh.PeerName { return k.topology.Bearer(key) }
 
 // newRunID tells this run from every other one. crypto/rand never fails (Go 1.24).
 func newRunID() mesh.RunID {

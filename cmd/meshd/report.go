@@ -24,6 +24,10 @@ func (h *house) Report() control.Report {
 	if st.Conflict != "" {
 		r.Problems = append(r.Problems, st.Conflict)
 	}
+	for _, x := range st.Refusals {
+		r.Problems = append(r.Problems, fmt.Sprintf("peer %v(%s) has passed on %d entries that those they are about did not sign: "+
+			"it lies, or two hosts have one name", x.From, nickOf(st, x.From), x.Forged+x.Foreign))
+	}
 	if h.kernel.off != "" && !h.cfg.Overlay.NoFastDP {
 		r.Problems = append(r.Problems, "no kernel path: "+h.kernel.off)
 	}
@@ -102,7 +106,7 @@ func (h *house) routerReport(st gossip.Status, kernel map[mesh.PeerName]fastdp.P
 		nick[p.Name] = p.NickName
 	}
 	r := &control.Router{
-		Protocol: "mesh", ProtocolMinVersion: 1, ProtocolMaxVersion: 1,
+		Protocol: "mesh", ProtocolMinVersion: router.Protocol, ProtocolMaxVersion: router.Protocol,
 		Encryption: h.passwords.any(), PeerDiscovery: !u.NoDiscovery,
 		Name: h.self, NickName: u.NickName, Port: u.Port,
 		TerminationCount: st.Ended, Targets: st.Targets, Interface: h.tap.Name,

@@ -207,8 +207,9 @@ func (h *house) buildMesh() error {
 	h.gossip = gossip.New(gossip.Config{
 		Self: router.Peer{
 			Name: h.self, Run: h.run, Key: h.id.Public, NickName: u.NickName, ShortID: shortID,
-			Port: u.Port, Protocol: 1, MTU: h.mtu,
+			Port: u.Port, Protocol: router.Protocol, MTU: h.mtu,
 		},
+		Keys:        h.id,
 		NoDiscovery: u.NoDiscovery,
 		ConnLimit:   u.ConnLimit,
 		TargetPort:  u.Port,
@@ -219,7 +220,7 @@ func (h *house) buildMesh() error {
 	}, under)
 	h.tunnel, err = tunnel.New(tunnel.Config{
 		Identity: h.id,
-		Hello:    router.Hello{Name: h.self, Run: h.run, NickName: u.NickName, Port: u.Port},
+		Hello:    router.Hello{Name: h.self, Run: h.run, NickName: u.NickName, Port: u.Port, Protocol: router.Protocol},
 		PSKs:     h.passwords.ring,
 		Trusted:  u.TrustedSubnets,
 		Listen:   listenAddr(u),
@@ -250,7 +251,7 @@ func (h *house) buildNames() error {
 	d := h.cfg.DNS
 	var err error
 	h.records, err = records.Open(records.Config{
-		Self: h.self, Run: h.run, Domain: d.Domain, Store: h.state, Now: time.Now(), Log: h.log.With("room", "names"),
+		Self: h.self, Run: h.run, Keys: rowKeys{h.id, h.gossip.Topology()}, Domain: d.Domain, Store: h.state, Now: time.Now(), Log: h.log.With("room", "names"),
 	})
 	if err != nil {
 		return err

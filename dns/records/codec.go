@@ -17,22 +17,32 @@ import (
 // A delta is what travels: some rows of the table.
 //
 //	delta     ┌─────────┬─────┬─────┬─ ─
-//	          │ 1 (ver.)│ row │ row │       integers are big-endian; uv = unsigned varint (encoding/binary)
+//	          │ 2 (ver.)│ row │ row │       integers are big-endian; uv = unsigned varint (encoding/binary)
 //	          └─────────┴─────┴─────┴─ ─
-//	row       ┌─────────┬───────────┬────────────┐
-//	          │ kind 1  │ length uv │ body       │   a reader skips kinds it does not know
-//	          └─────────┴───────────┴────────────┘   and ignores what follows a body it does know
+//	row       ┌─────────┬───────────┬──────────────┬───────────────────────┬────────────┐
+//	          │ kind 1  │ length uv │ signature 64 │ age uv (names only)   │ body       │
+//	          └─────────┴───────────┴──────────────┴───────────────────────┴────────────┘
+//	          length counts what follows it. A reader skips kinds that it does not know, and passes on
+//	          what follows a body that it does know
+//
 //	           ──────── key ─────────────────────────┬─ version ──────┬─ content ────────────────────
 //	floor     │ peer 6                               │ gen 8 │ seq uv │
 //	endpoint  │ peer 6 │ mac 6 │ part 1 │ owner      │ gen 8 │ seq uv │ flags 1 │ parts 1 │ n 1 │ n × prefix │ m 1 │ m × text
-//	name      │ addr │ owner │ text                  │ clock uv │ writer 6 │ flags 1 │ age uv (minutes, tombstones only)
+//	name      │ addr │ owner │ text                  │ clock uv │ key 32 │ flags 1 │
 //
 //	text      │ length 1 │ bytes │     a name as ParseName returns it
 //	owner     │ length 1 │ bytes │     top bit of length set: bytes stand for lower-case hex (container ids)
 //	addr      │ length 1 (4 or 16) │ bytes │
 //	prefix    │ bits 1 │ bytes │       0…32: 4 bytes follow; 64…192: IPv6 of bits-64, 16 bytes follow
 //	flags     1 = tombstone: for an endpoint nothing follows
-const deltaVersion = 1
+//	age       of a tombstone, in minutes; else zero
+//
+// The signature (Ed25519) is over "meshd names 2", the kind and the body as it came. Floors and endpoints are
+// signed by their peer, whose key the topology has; names by their writer, whose key is in the row, so that it
+// outlives the writer. The age is not signed, since everybody who keeps a tombstone counts it on.
+const deltaVersion = 2
+
+const signContext = "meshd names 2"
 
 const (
 	kindFloor    = 1
@@ -49,7 +59,7 @@ const (
 	maxParts   = 32   // rows that one endpoint's names are spread over
 	maxCount   = 1 << 62
 	maxGen     = 1 << 63
-	maxRowBody = 1 << 16
+	maxRowSize = 1<<14 - 1 // what two bytes of length can say
 )
 
 // Bytes of a row before its body: kind and a length below 2¹⁴.
@@ -84,14 +94,32 @@ type record interface {
 	kind() byte
 	appendKey(b []byte) []byte
 	appendRest(b []byte) []byte // version and content
+	seal() *sealed
+}
+
+// sealed is a row's body as its writer signed it, with what a newer version may have appended. It never changes.
+type sealed struct {
+	sig  [64]byte
+	body []byte
+}
+
+func (s *sealed) seal() *sealed { return s }
+
+// signed is what the signature of a row is over.
+func signed(b []byte, rec record) []byte {
+	b = append(b, signContext...)
+	b = append(b, rec.kind())
+	return append(b, rec.seal().body...)
 }
 
 type floor struct {
+	sealed
 	peer mesh.PeerName
 	ver  version
 }
 
 type endpoint struct {
+	sealed
 	peer  mesh.PeerName
 	mac   mesh.MAC
 	part  uint8
@@ -105,14 +133,15 @@ type endpoint struct {
 }
 
 type handmade struct {
+	sealed
 	addr  netip.Addr
 	owner string
 	name  string
 
-	clock  uint64
-	writer mesh.PeerName
-	gone   bool
-	age    time.Duration // of a tombstone when it was encoded; not part of its version
+	clock uint64
+	key   [32]byte // the writer's
+	gone  bool
+	age   time.Duration // of a tombstone when it was encoded; not part of its version, and not signed
 }
 
 func (*floor) kind() byte    { return kindFloor }
@@ -156,36 +185,33 @@ func (h *handmade) appendKey(b []byte) []byte {
 
 func (h *handmade) appendRest(b []byte) []byte {
 	b = binary.AppendUvarint(b, h.clock)
-	b = append(b, h.writer[:]...)
+	b = append(b, h.key[:]...)
 	if !h.gone {
 		return append(b, 0)
 	}
-	b = append(b, flagGone)
-	return binary.AppendUvarint(b, uint64(h.age/time.Minute))
+	return append(b, flagGone)
 }
 
 // itemOf hashes a record for the digests. SHA-256 keeps a container's owner from choosing names that
-// collide on purpose. A tombstone's age changes by itself and is left out.
+// collide on purpose. A tombstone's age changes by itself and is left out, and so is the signature.
 func itemOf(rec record, scratch []byte) mesh.Item {
 	b := append(scratch[:0], rec.kind())
 	b = rec.appendKey(b)
 	key := sha256.Sum256(b)
-	if h, ok := rec.(*handmade); ok && h.gone && h.age != 0 {
-		young := *h
-		young.age = 0
-		rec = &young
-	}
 	b = rec.appendRest(b)
 	ver := sha256.Sum256(b)
 	return mesh.Item{Key: binary.BigEndian.Uint64(key[:]), Version: binary.BigEndian.Uint64(ver[:])}
 }
 
-// appendRow appends a whole row: kind, length, body.
+// appendRow appends a whole row, as it was signed.
 func appendRow(b []byte, rec record) []byte {
 	start := len(b)
 	b = append(b, rec.kind(), 0, 0)
-	b = rec.appendKey(b)
-	b = rec.appendRest(b)
+	b = append(b, rec.seal().sig[:]...)
+	if h, ok := rec.(*handmade); ok {
+		b = binary.AppendUvarint(b, uint64(h.age/time.Minute))
+	}
+	b = append(b, rec.seal().body...)
 	n := len(b) - start - rowHeader
 	// Two bytes always: a varint may be longer than it needs to be.
 	b[start+1] = byte(n) | 0x80
@@ -240,7 +266,7 @@ func parseDelta(b []byte) ([]record, error) {
 	var out []record
 	for len(r.b) > 0 {
 		kind := r.byte()
-		n := r.uvarint(maxRowBody)
+		n := r.uvarint(maxRowSize)
 		body := reader{b: r.take(int(n))}
 		if r.bad {
 			return nil, fmt.Errorf("%w: row %d is cut short", errCodec, len(out))
@@ -257,19 +283,33 @@ func parseDelta(b []byte) ([]record, error) {
 }
 
 // parseBody returns nil and true for a kind of row that this version does not know.
-func parseBody(kind byte, r *reader) (record, bool) {
+func parseBody(kind byte, r *reader) (rec record, ok bool) {
+	if kind < kindFloor || kind > kindName {
+		return nil, true
+	}
+	var s sealed
+	var age time.Duration
+	copy(s.sig[:], r.take(len(s.sig)))
+	if kind == kindName {
+		age = time.Duration(r.uvarint(uint64(forgetAge/time.Minute))) * time.Minute
+	}
+	s.body = bytes.Clone(r.b)
 	switch kind {
 	case kindFloor:
-		f := &floor{peer: r.peer(), ver: r.version()}
-		return f, !r.bad && !f.peer.IsZero()
+		f := &floor{sealed: s, peer: r.peer(), ver: r.version()}
+		r.check(!f.peer.IsZero())
+		rec = f
 	case kindEndpoint:
 		e := r.endpoint()
-		return e, !r.bad
+		e.sealed = s
+		rec = e
 	case kindName:
 		h := r.handmade()
-		return h, !r.bad
+		h.sealed, h.age = s, age
+		r.check(h.gone || age == 0)
+		rec = h
 	}
-	return nil, true
+	return rec, !r.bad
 }
 
 // reader takes a body apart. After the first lack or nonsense bad is set and all it returns is zero.
@@ -378,12 +418,9 @@ func (r *reader) endpoint() *endpoint {
 func (r *reader) handmade() *handmade {
 	h := &handmade{addr: r.addr(), owner: r.owner(), name: r.text()}
 	h.clock = r.uvarint(maxCount)
-	h.writer = r.peer()
+	copy(h.key[:], r.take(len(h.key)))
 	h.gone = r.byte()&flagGone != 0
-	r.check(validOwner(h.owner) && validName(h.name) && !h.writer.IsZero())
-	if h.gone {
-		h.age = time.Duration(r.uvarint(uint64(forgetAge/time.Minute))) * time.Minute
-	}
+	r.check(validOwner(h.owner) && validName(h.name) && h.key != [32]byte{})
 	return h
 }
 
@@ -449,8 +486,8 @@ func compareRecords(a, b record) int {
 			return -1
 		case a.clock > b.clock:
 			return 1
-		case a.writer != b.writer:
-			return a.writer.Compare(b.writer)
+		case a.key != b.key:
+			return bytes.Compare(a.key[:], b.key[:])
 		case a.gone == b.gone:
 			return 0
 		case a.gone:

@@ -2,6 +2,7 @@ package records
 
 import (
 	"bytes"
+	"errors"
 	"math/rand/v2"
 	"net/netip"
 	"reflect"
@@ -26,7 +27,7 @@ func randomRecord(r *rand.Rand) record {
 			addr:  []netip.Addr{netip.MustParseAddr("10.32.0.7"), netip.MustParseAddr("fd00::7")}[r.IntN(2)],
 			owner: []string{owner, mesh.OwnerExtern}[r.IntN(2)],
 			name:  []string{"db.mesh.internal.", "x.db.mesh.internal."}[r.IntN(2)],
-			clock: uint64(r.IntN(6)), writer: peer, gone: r.IntN(2) == 0,
+			clock: uint64(r.IntN(6)), key: keyOf(peer), gone: r.IntN(2) == 0,
 		}
 		if h.gone {
 			h.age = time.Duration(r.IntN(500)) * time.Minute
@@ -53,7 +54,7 @@ func randomRecord(r *rand.Rand) record {
 func encodeAll(recs ...record) []byte {
 	b := []byte{deltaVersion}
 	for _, rec := range recs {
-		b = appendRow(b, rec)
+		b = appendSigned(b, rec)
 	}
 	return b
 }
@@ -73,27 +74,29 @@ func TestCodecRoundTrip(t *testing.T) {
 // The form on the wire is fixed: peers of other builds read it.
 func TestCodecGolden(t *testing.T) {
 	peer := mesh.PeerName{0x7a, 0x9f, 0xeb, 0xb6, 0x0c, 0x6e}
+	key := "\x07z\x9f\xeb\xb6\x0cn" + strings.Repeat("\x00", 25)
 	for _, c := range []struct {
-		rec  record
-		want string
+		rec              record
+		head, rest, body string // rest: what stands between signature and body
 	}{
 		{&floor{peer: peer, ver: version{gen: 2<<32 | 9, seq: 300}},
-			"\x01\x01\x90\x00z\x9f\xeb\xb6\x0cn\x00\x00\x00\x02\x00\x00\x00\x09\xac\x02"},
+			"\x02\x01\xd0\x00", "", "z\x9f\xeb\xb6\x0cn\x00\x00\x00\x02\x00\x00\x00\x09\xac\x02"},
 		{&endpoint{peer: peer, mac: mesh.MAC{2, 1}, owner: "c1", ver: version{gen: 1 << 32, seq: 1}, parts: 1,
 			addrs: []netip.Prefix{netip.MustParsePrefix("10.32.0.1/12")}, names: []string{"w.m."}},
-			"\x01\x02\xa7\x00z\x9f\xeb\xb6\x0cn\x02\x01\x00\x00\x00\x00\x00\x02c1" +
+			"\x02\x02\xe7\x00", "", "z\x9f\xeb\xb6\x0cn\x02\x01\x00\x00\x00\x00\x00\x02c1" +
 				"\x00\x00\x00\x01\x00\x00\x00\x00\x01\x00\x01\x01\x0c\x0a\x20\x00\x01\x01\x04w.m."},
-		{&handmade{addr: netip.MustParseAddr("10.0.0.1"), owner: "x", name: "a.m.", clock: 5, writer: peer, gone: true, age: 3 * time.Minute},
-			"\x01\x03\x95\x00\x04\x0a\x00\x00\x01\x01x\x04a.m.\x05z\x9f\xeb\xb6\x0cn\x01\x03"},
+		{&handmade{addr: netip.MustParseAddr("10.0.0.1"), owner: "x", name: "a.m.", clock: 5, key: keyOf(peer), gone: true, age: 3 * time.Minute},
+			"\x02\x03\xef\x00", "\x03", "\x04\x0a\x00\x00\x01\x01x\x04a.m.\x05" + key + "\x01"},
 	} {
-		if got := string(encodeAll(c.rec)); got != c.want {
-			t.Errorf("%+v\n got %q\nwant %q", c.rec, got, c.want)
+		sig := testKeys(peer).Sign([]byte("meshd names 2" + c.head[1:2] + c.body))
+		if got, want := string(encodeAll(c.rec)), c.head+string(sig[:])+c.rest+c.body; got != want {
+			t.Errorf("%+v\n got %q\nwant %q", c.rec, got, want)
 		}
 	}
 }
 
 func TestCodecRefuses(t *testing.T) {
-	good := encodeAll(&handmade{addr: netip.MustParseAddr("10.0.0.1"), owner: "x", name: "a.m.", clock: 5, writer: mesh.PeerName{1}})
+	good := encodeAll(&handmade{addr: netip.MustParseAddr("10.0.0.1"), owner: "x", name: "a.m.", clock: 5, key: keyOf(mesh.PeerName{1})})
 	if _, err := parseDelta(good); err != nil {
 		t.Fatal(err)
 	}
@@ -107,10 +110,10 @@ func TestCodecRefuses(t *testing.T) {
 		t.Errorf("unknown kind: got %v, %v", recs, err)
 	}
 	for what, rec := range map[string]record{
-		"upper case":       &handmade{addr: netip.MustParseAddr("10.0.0.1"), owner: "x", name: "A.m.", writer: mesh.PeerName{1}},
-		"no owner":         &handmade{addr: netip.MustParseAddr("10.0.0.1"), name: "a.m.", writer: mesh.PeerName{1}},
+		"upper case":       &handmade{addr: netip.MustParseAddr("10.0.0.1"), owner: "x", name: "A.m.", key: keyOf(mesh.PeerName{1})},
+		"no owner":         &handmade{addr: netip.MustParseAddr("10.0.0.1"), name: "a.m.", key: keyOf(mesh.PeerName{1})},
 		"no writer":        &handmade{addr: netip.MustParseAddr("10.0.0.1"), owner: "x", name: "a.m."},
-		"mapped address":   &handmade{addr: netip.MustParseAddr("::ffff:10.0.0.1"), owner: "x", name: "a.m.", writer: mesh.PeerName{1}},
+		"mapped address":   &handmade{addr: netip.MustParseAddr("::ffff:10.0.0.1"), owner: "x", name: "a.m.", key: keyOf(mesh.PeerName{1})},
 		"generation":       &floor{peer: mesh.PeerName{1}, ver: version{gen: maxGen}},
 		"group MAC":        &endpoint{peer: mesh.PeerName{1}, mac: mesh.MAC{1}, owner: "x", gone: true},
 		"part beyond":      &endpoint{peer: mesh.PeerName{1}, owner: "x", part: 1, parts: 1},
@@ -133,11 +136,20 @@ func FuzzDelta(f *testing.F) {
 		if err != nil {
 			return
 		}
-		again, err := parseDelta(encodeAll(recs...))
+		raw := []byte{deltaVersion}
+		for _, rec := range recs {
+			raw = appendRow(raw, rec)
+		}
+		again, err := parseDelta(raw)
 		if err != nil || !reflect.DeepEqual(recs, again) {
 			t.Fatalf("got %+v, %v, want %+v", again, err, recs)
 		}
 		table := openTest(t, 9, nil)
+		var refused *mesh.Refusal
+		if news, err := table.Merge(mesh.PeerName{1}, b); err != nil && !errors.As(err, &refused) || refused != nil && len(news) >= len(b) {
+			t.Fatal(err)
+		}
+		b = encodeAll(recs...) // as the fuzzer will not find signatures; without what was appended
 		if _, err := table.Merge(mesh.PeerName{1}, b); err != nil {
 			t.Fatal(err)
 		}

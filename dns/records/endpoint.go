@@ -108,6 +108,7 @@ func (t *Table) setOwnLocked(e *endpoint) {
 		t.ownDead++
 	}
 	e.ver = t.nextLocked()
+	t.sealLocked(e)
 	t.sendLocked(t.putLocked(e))
 }
 
@@ -152,6 +153,7 @@ func (t *Table) raiseFloorLocked() {
 		budget--
 		again := *e
 		again.ver = t.nextLocked()
+		t.sealLocked(&again)
 		t.sendLocked(t.putLocked(&again))
 	}
 	t.setFloorLocked(to)
@@ -168,7 +170,9 @@ func (t *Table) floorLocked(p *peer) version {
 func (t *Table) setFloorLocked(to version) {
 	own := t.peers[t.self]
 	if to.compare(t.floorLocked(own)) > 0 {
-		t.sendLocked(t.putLocked(&floor{peer: t.self, ver: to}))
+		f := &floor{peer: t.self, ver: to}
+		t.sealLocked(f)
+		t.sendLocked(t.putLocked(f))
 		t.buryLocked(own)
 	}
 }
@@ -213,6 +217,7 @@ func (t *Table) bumpLocked(above uint64) {
 	for _, e := range mine {
 		again := *e
 		again.ver = t.nextLocked()
+		t.sealLocked(&again)
 		t.sendLocked(t.putLocked(&again))
 	}
 	if t.settled {

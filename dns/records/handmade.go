@@ -157,8 +157,7 @@ func (t *Table) write(recs []*handmade) error {
 				return ErrFull
 			}
 		}
-		t.clock++
-		h.clock, h.writer = t.clock, t.self
+		t.signNameLocked(h)
 		kept = append(kept, h)
 	}
 	t.mu.Unlock()
@@ -187,6 +186,14 @@ func (t *Table) write(recs []*handmade) error {
 	}
 	t.unlock()
 	return nil
+}
+
+// signNameLocked makes a record this peer's latest word.
+func (t *Table) signNameLocked(h *handmade) {
+	t.clock = min(t.clock+1, maxCount) // a larger one would not be read
+	h.clock, h.age = t.clock, 0
+	h.key, _ = t.keys.Key(t.self)
+	t.sealLocked(h)
 }
 
 // nameLocked keeps the books when rec takes the place of was (nil: nothing) in row r.
@@ -228,14 +235,24 @@ func (t *Table) Entries() []Entry {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var all []Entry
-	for _, r := range t.listed {
+	bearers := map[[32]byte]mesh.PeerName{}
+	rows := t.listed
+	for _, p := range t.peers {
+		if p.hidden {
+			rows = append(slices.Clip(rows), p.rows...)
+		}
+	}
+	for _, r := range rows {
 		v := t.viewLocked(r)
 		e := Entry{Suspect: len(v.names) > 0 && t.suspectLocked(r)}
 		switch rec := r.rec.(type) {
 		case *endpoint:
 			e.Owner, e.Origin, e.Version = rec.owner, rec.peer, rec.ver.seq
 		case *handmade:
-			e.Owner, e.Origin, e.Version, e.Hand = rec.owner, rec.writer, rec.clock, true
+			if _, ok := bearers[rec.key]; !ok {
+				bearers[rec.key] = t.keys.Bearer(rec.key)
+			}
+			e.Owner, e.Origin, e.Version, e.Hand = rec.owner, bearers[rec.key], rec.clock, true
 		}
 		for _, e.Name = range v.names {
 			for _, e.Addr = range v.addrs {

@@ -2,19 +2,20 @@ package records
 
 import (
 	"slices"
-	"time"
 
 	"meshd/mesh"
 )
 
 // Merge takes in what another peer sent. news is a delta of what was new here, to be passed on, nil if
-// nothing was; the caller may reuse delta afterwards. A malformed delta changes nothing.
+// nothing was; the caller may reuse delta afterwards. A malformed delta changes nothing; rows that are not
+// signed as they must be are left out, and then the error is a *mesh.Refusal.
 func (t *Table) Merge(_ mesh.PeerName, delta []byte) (news []byte, err error) {
 	recs, err := parseDelta(delta)
 	if err != nil {
 		return nil, err
 	}
 	t.mu.Lock()
+	t.refusal = mesh.Refusal{}
 	fresh := recs[:0]
 	n := len(recs)
 	if n > 0 && t.heard.IsZero() {
@@ -25,10 +26,11 @@ func (t *Table) Merge(_ mesh.PeerName, delta []byte) (news []byte, err error) {
 			fresh = append(fresh, rec)
 		}
 	}
+	refused := t.refusal // others may merge while subscribers are told
 	t.unlock()
 	switch {
 	case len(fresh) == 0:
-		return nil, nil
+		return nil, refused.Err()
 	case len(fresh) == n:
 		return slices.Clone(delta), nil
 	}
@@ -36,7 +38,7 @@ func (t *Table) Merge(_ mesh.PeerName, delta []byte) (news []byte, err error) {
 	for _, rec := range fresh {
 		news = appendRow(news, rec)
 	}
-	return news, nil
+	return news, refused.Err()
 }
 
 // mergeLocked reports whether rec was news.
@@ -52,23 +54,28 @@ func (t *Table) mergeLocked(rec record) bool {
 	return false
 }
 
-// presentLocked returns the writer of an incoming row, nil if its rows are not wanted. News of a peer that
-// went for good, from one who has not heard that yet, is not.
-func (t *Table) presentLocked(name mesh.PeerName) *peer {
-	p := t.peerLocked(name)
-	if p == nil {
+// presentLocked returns the writer of an incoming row and its key, nil if its rows are not wanted. News of a
+// peer that went for good, from one who has not heard that yet, is not, nor of one whose key is not known.
+func (t *Table) presentLocked(name mesh.PeerName) (p *peer, key [32]byte) {
+	if p = t.peers[name]; p != nil && p.state == Gone {
+		return nil, key
+	}
+	key, known := t.keys.Key(name)
+	if !known {
+		t.refusal.Unknown++
+		return nil, key
+	}
+	if p = t.peerLocked(name); p == nil {
 		t.refused++
-		return nil
+		return nil, key
 	}
-	if p.state == Gone {
-		return nil
-	}
-	return p
+	t.bindLocked(name, p, key)
+	return p, key
 }
 
 func (t *Table) mergeFloorLocked(f *floor) bool {
-	p := t.presentLocked(f.peer)
-	if p == nil || f.ver.compare(t.floorLocked(p)) <= 0 {
+	p, key := t.presentLocked(f.peer)
+	if p == nil || f.ver.compare(t.floorLocked(p)) <= 0 || !t.genuineLocked(key, f) {
 		return false
 	}
 	if f.peer == t.self && f.ver.gen >= t.gen {
@@ -81,13 +88,15 @@ func (t *Table) mergeFloorLocked(f *floor) bool {
 }
 
 func (t *Table) mergeEndpointLocked(e *endpoint) bool {
-	p := t.presentLocked(e.peer)
+	p, key := t.presentLocked(e.peer)
 	if p == nil || e.ver.compare(t.floorLocked(p)) <= 0 {
 		return false
 	}
 	r, _ := t.rowLocked(e)
 	switch {
 	case r != nil && compareRecords(e, r.rec) <= 0:
+		return false
+	case !t.genuineLocked(key, e):
 		return false
 	case e.peer == t.self && e.ver.gen >= t.gen:
 		t.bumpLocked(e.ver.gen)
@@ -112,12 +121,9 @@ func (t *Table) mergeHandmadeLocked(h *handmade) bool {
 			return false
 		}
 	} else if compareRecords(h, r.rec) <= 0 {
-		if mine := r.rec.(*handmade); mine.gone && h.gone && compareRecords(h, mine) == 0 {
-			// The same deletion, seen longer ago elsewhere.
-			if since := t.now.Add(-h.age); since.Before(r.since.Add(-time.Hour)) {
-				r.since = since
-			}
-		}
+		return false
+	}
+	if !t.genuineLocked(h.key, h) {
 		return false
 	}
 	t.clock = max(t.clock, h.clock)
@@ -126,8 +132,7 @@ func (t *Table) mergeHandmadeLocked(h *handmade) bool {
 		// came before. It was meant as the latest word, and now it can be.
 		r.early = false
 		again := *r.rec.(*handmade)
-		t.clock++
-		again.clock, again.writer = t.clock, t.self
+		t.signNameLocked(&again)
 		t.sendLocked(t.putLocked(&again))
 		return false
 	}

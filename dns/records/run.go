@@ -4,13 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 )
 
 const bucket = "names"
 
-// Row keys carry this prefix in the store, so that they cannot be mistaken for the generation.
-const storePrefix = "row/"
+// Row keys carry this prefix in the store, so that they cannot be mistaken for the generation, nor for the
+// unsigned rows of old.
+const storePrefix = "signed/"
 
 const generationKey = "generation"
 
@@ -38,7 +40,10 @@ func (t *Table) load() error {
 			last = v.gen
 			continue
 		}
-		recs, err := parseDelta(append([]byte{deltaVersion}, value...))
+		recs, err := parseDelta(append([]byte{deltaVersion}, value...)) // verified when it was written
+		if err == nil && !strings.HasPrefix(key, storePrefix) {
+			err = errors.New("of an older release")
+		}
 		if err != nil {
 			t.log.Warn("stored name not understood", "err", err)
 			continue

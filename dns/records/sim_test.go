@@ -83,7 +83,7 @@ func newSim(t *testing.T, seed uint64, n int) *sim {
 }
 
 func (s *sim) open(n *simNode) *Table {
-	table, err := Open(Config{Self: peerN(n.n + 1), Run: mesh.RunID(s.rng.Uint64()), Domain: "mesh.internal.", Store: n.store, Now: s.now})
+	table, err := Open(Config{Self: peerN(n.n + 1), Keys: testKeys(peerN(n.n + 1)), Run: mesh.RunID(s.rng.Uint64()), Domain: "mesh.internal.", Store: n.store, Now: s.now})
 	if err != nil {
 		s.t.Fatal(err)
 	}

@@ -27,6 +27,10 @@ const (
 	// What a fresh run announces within this time is all there is, unless Settle says so earlier.
 	settleAfter = 10 * time.Second
 
+	// Peers away for half of the time after which they are gone are no longer offered to others, nor are their
+	// keys: who does not know them yet could not believe their rows.
+	hideAfter = 30 * time.Minute
+
 	// A peer that nobody told us anything about: its rows came from a peer that will drop them too.
 	strangerAge = 10 * time.Minute
 
@@ -68,6 +72,7 @@ type Config struct {
 	Self   mesh.PeerName
 	Run    mesh.RunID // random; tells this run from the others when the store was lost
 	Domain string     // names below it are answered; as ParseName returns it
+	Keys   Keys       // nil: no row of another peer is believed
 	Store  Store      // nil: nothing survives a restart
 	Now    time.Time  // any time with a monotonic reading; Expire continues from it
 	Log    *slog.Logger
@@ -86,6 +91,7 @@ type Table struct {
 	runBits    uint64
 	domain     string
 	wireDomain string
+	keys       Keys
 	store      Store
 	log        *slog.Logger
 	dirtied    chan struct{} // capacity 1: there is something to send
@@ -119,6 +125,8 @@ type Table struct {
 	unsaved  map[*row]bool
 	saveGen  bool
 	scratch  []byte
+	signing  []byte       // what Sign and Verify look at
+	refusal  mesh.Refusal // of the delta that is being merged
 
 	subscribers []*subscriber
 	telling     bool // somebody is delivering
@@ -139,7 +147,9 @@ type row struct {
 
 // peer is what the table knows of one writer of endpoints.
 type peer struct {
+	key      [32]byte // by which its rows were judged; zero before the first
 	state    PeerState
+	hidden   bool // its rows are not offered any more
 	stranger bool // SetPeerState never spoke of it
 	seen     time.Time
 	rows     rowHeap
@@ -178,6 +188,9 @@ func Open(cfg Config) (*Table, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
+	if cfg.Keys == nil {
+		cfg.Keys = noKeys{}
+	}
 	domain, err := ParseName(cfg.Domain)
 	if err != nil {
 		return nil, fmt.Errorf("domain of the mesh: %w", err)
@@ -191,6 +204,7 @@ func Open(cfg Config) (*Table, error) {
 		runBits:    run & 0xffffffff,
 		domain:     domain,
 		wireDomain: WireName(domain),
+		keys:       cfg.Keys,
 		store:      cfg.Store,
 		log:        cfg.Log,
 		dirtied:    make(chan struct{}, 1),
@@ -242,12 +256,14 @@ func (t *Table) putLocked(rec record) *row {
 		was, old = r.rec, t.viewLocked(r)
 	}
 	r.item, r.rec = item, rec
-	t.listLocked(r)
+	hidden := false
 	switch rec := rec.(type) {
 	case *floor:
-		t.peers[rec.peer].floor = r
+		p := t.peers[rec.peer]
+		p.floor, hidden = r, p.hidden
 	case *endpoint:
 		p := t.peers[rec.peer]
+		hidden = p.hidden
 		if was == nil {
 			heap.Push(&p.rows, r)
 		} else {
@@ -264,6 +280,9 @@ func (t *Table) putLocked(rec record) *row {
 		t.nameLocked(r, was, rec)
 		t.reindexLocked(r, old, t.viewLocked(r))
 		t.unsaved[r] = true
+	}
+	if !hidden {
+		t.listLocked(r)
 	}
 	return r
 }
@@ -411,6 +430,9 @@ func (t *Table) SetPeerState(name mesh.PeerName, state PeerState) {
 	}
 	p.stranger = false
 	p.seen = t.now
+	if p.hidden && state != Suspect {
+		t.offerLocked(p, true)
+	}
 	if p.state != state {
 		p.state = state
 		if state == Gone {
@@ -428,6 +450,22 @@ func (t *Table) SetPeerState(name mesh.PeerName, state PeerState) {
 		}
 	}
 	t.unlock()
+}
+
+// offerLocked offers the rows of a peer to others, or no longer.
+func (t *Table) offerLocked(p *peer, offer bool) {
+	p.hidden = !offer
+	rows := p.rows
+	if p.floor != nil {
+		rows = append(slices.Clone(rows), p.floor)
+	}
+	for _, r := range rows {
+		if offer {
+			t.listLocked(r)
+		} else {
+			t.unlistLocked(r)
+		}
+	}
 }
 
 func (t *Table) handmadeOfLocked(r *row) []*row {
@@ -472,6 +510,9 @@ func (t *Table) Expire(now time.Time) {
 	for name, p := range t.peers {
 		if name == t.self {
 			continue
+		}
+		if p.state == Suspect && !p.hidden && now.Sub(p.seen) > hideAfter {
+			t.offerLocked(p, false)
 		}
 		if p.stranger && now.Sub(p.seen) > strangerAge {
 			p.state, p.stranger = Gone, false

@@ -3,6 +3,7 @@ package records
 import (
 	"bytes"
 	"cmp"
+	"crypto/sha512"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -63,9 +64,54 @@ func (s *memStore) counts() (puts, records int) {
 
 func peerN(n int) mesh.PeerName { return mesh.PeerName{4: byte(n >> 8), 5: byte(n)} }
 
+// testKeys sign with a hash that everybody could compute; a peer's key is made of its name.
+type testKeys mesh.PeerName
+
+func keyOf(p mesh.PeerName) (key [32]byte) {
+	copy(key[1:], p[:])
+	key[0] = 7
+	return key
+}
+
+func (k testKeys) Sign(msg []byte) [64]byte {
+	key := keyOf(mesh.PeerName(k))
+	return sha512.Sum512(append(key[:], msg...))
+}
+
+func (testKeys) Verify(key [32]byte, msg []byte, sig [64]byte) bool {
+	return sha512.Sum512(append(key[:], msg...)) == sig
+}
+
+func (testKeys) Key(p mesh.PeerName) ([32]byte, bool) { return keyOf(p), true }
+
+func (testKeys) Bearer(key [32]byte) mesh.PeerName { return mesh.PeerName(key[1:7]) }
+
+// sign signs rows as whom they are about.
+func sign(recs ...record) {
+	for _, rec := range recs {
+		s := rec.seal()
+		s.body = rec.appendRest(rec.appendKey(nil))
+		var by mesh.PeerName
+		switch rec := rec.(type) {
+		case *floor:
+			by = rec.peer
+		case *endpoint:
+			by = rec.peer
+		case *handmade:
+			by = mesh.PeerName(rec.key[1:7])
+		}
+		s.sig = testKeys(by).Sign(signed(nil, rec))
+	}
+}
+
+func appendSigned(b []byte, rec record) []byte {
+	sign(rec)
+	return appendRow(b, rec)
+}
+
 func openTest(t testing.TB, n int, s Store) *Table {
 	t.Helper()
-	table, err := Open(Config{Self: peerN(n), Domain: "mesh.internal.", Store: s, Now: t0, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	table, err := Open(Config{Self: peerN(n), Keys: testKeys(peerN(n)), Domain: "mesh.internal.", Store: s, Now: t0, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -669,8 +715,8 @@ func TestBounds(t *testing.T) {
 	table := openTest(t, 1, nil)
 	delta := []byte{deltaVersion}
 	for i := range maxHandmade + 100 {
-		delta = appendRow(delta, &handmade{addr: netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), owner: "x",
-			name: "a.mesh.internal.", clock: 1, writer: peerN(2), gone: i%2 == 0})
+		delta = appendSigned(delta, &handmade{addr: netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), owner: "x",
+			name: "a.mesh.internal.", clock: 1, key: keyOf(peerN(2)), gone: i%2 == 0})
 	}
 	if _, err := table.Merge(peerN(2), delta); err != nil {
 		t.Fatal(err)

@@ -1,6 +1,7 @@
 package gossip
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -31,6 +32,8 @@ type Underlay interface {
 
 // Table is a replicated table. Its methods are called by one goroutine, never block, keep no buffer, and
 // may be called while others use the table.
+//
+// A table that refuses some rows of a delta, and takes in the others, says so by a *mesh.Refusal beside the news.
 type Table interface {
 	Merge(from mesh.PeerName, delta []byte) (news []byte, err error) // news: what was new, to pass on; nil: nothing
 	Items() []mesh.Item                                              // every entry
@@ -50,6 +53,7 @@ var _ interface {
 // Config is what a Node needs to know.
 type Config struct {
 	Self        router.Peer      // Name, Run, Key, NickName, Port, Protocol, MTU, Flags; ShortID: the last one used, or 0
+	Keys        router.Keys      // of Self; nil: nobody else's word is taken
 	NoDiscovery bool             // dial only the targets
 	ConnLimit   int              // links; 0: any number. Soft: targets are dialled all the same
 	TargetPort  uint16           // of targets that name none; 0: Self.Port
@@ -95,8 +99,9 @@ type Node struct {
 	book        *linkBook
 	dialer      *dialer
 	subscribers []func(PeerEvent)
-	conflict    string // why we keep to ourselves, if we do
-	ended       uint64 // links that have come to an end
+	conflict    string                         // why we keep to ourselves, if we do
+	ended       uint64                         // links that have come to an end
+	refusals    map[mesh.PeerName]mesh.Refusal // by who sent the rows
 	ctx         context.Context
 
 	// Owned by the loop, but for tables and handlers, which are complete before Run.
@@ -120,6 +125,7 @@ type queued struct {
 // counters count what did not go as it should, and what was sent.
 type counters struct {
 	inboxFull, malformed, unknown, oversize, unsent atomic.Uint64
+	forged, foreign, keyless                        atomic.Uint64 // rows
 	sent, sentBytes, received, receivedBytes        atomic.Uint64
 }
 
@@ -157,11 +163,12 @@ func New(cfg Config, under Underlay) *Node {
 	self := cfg.Self.Name
 	n := &Node{
 		cfg: cfg, self: self, under: under, log: cfg.Log, routes: cfg.Routes,
-		topology: router.NewTopology(cfg.Self),
+		topology: router.NewTopology(cfg.Self, cfg.Keys),
 		members:  newMembers(self, under, cfg.Log),
 		inbox:    make(chan inMessage, inboxSize),
 		wake:     make(chan struct{}, 1),
 		book:     newLinkBook(),
+		refusals: map[mesh.PeerName]mesh.Refusal{},
 		dialer:   newDialer(self, cfg.TargetPort, cfg.ConnLimit, !cfg.NoDiscovery, rand.New(rand.NewPCG(cfg.Seed, 1))),
 		tables:   map[mesh.Channel]Table{},
 		handlers: map[mesh.Channel]func(mesh.PeerName, []byte){},
@@ -332,12 +339,16 @@ func (n *Node) Accept(hello router.Hello, addr netip.AddrPort) error {
 	if conflict != "" {
 		return errors.New(conflict)
 	}
-	known, ok := n.topology.Peer(hello.Name)
-	_, reachable := n.routes.NextHop(hello.Name)
-	if ok && reachable && !linked && known.Key != hello.Key {
-		return fmt.Errorf("the name %v belongs to %s, who is alive and has another key: start %s with another --name",
-			hello.Name, known.NickName, hello.NickName)
+	if hello.Protocol < router.Protocol {
+		return fmt.Errorf("%s speaks protocol %d and does not sign what it tells, %s demands %d: install the newer release on both",
+			hello.NickName, hello.Protocol, n.cfg.Self.NickName, router.Protocol)
 	}
+	if !n.topology.MayBear(hello.Name, hello.Key) {
+		known, _ := n.topology.Peer(hello.Name)
+		return fmt.Errorf("the name %v belongs to %s, who has another key: start %s with another --name, or without",
+			hello.Name, cmp.Or(known.NickName, "another peer"), hello.NickName)
+	}
+	_, reachable := n.routes.NextHop(hello.Name)
 	if n.cfg.ConnLimit > 0 && links >= n.cfg.ConnLimit && reachable && !linked && !asked {
 		return fmt.Errorf("%s has %d connections, which is its limit", n.cfg.Self.NickName, links)
 	}
@@ -411,12 +422,7 @@ func (n *Node) handle(m inMessage) {
 
 func (n *Node) dispatch(from mesh.PeerName, ch mesh.Channel, body []byte) {
 	if t := n.tables[ch]; t != nil {
-		news, err := t.Merge(from, body)
-		if err != nil {
-			n.malformed(from, ch, err)
-			return
-		}
-		n.pass(ch, t, from, news)
+		n.pass(ch, t, from, n.merge(t, ch, from, body))
 		return
 	}
 	if f := n.handlers[ch]; f != nil {
@@ -426,9 +432,49 @@ func (n *Node) dispatch(from mesh.PeerName, ch mesh.Channel, body []byte) {
 	n.counters.unknown.Add(1)
 }
 
-func (n *Node) malformed(from mesh.PeerName, ch mesh.Channel, err error) {
-	n.counters.malformed.Add(1)
-	n.log.Debug("bad delta", "peer", from, "channel", ch, "err", err)
+// merge has a table take in a delta, and returns what was new.
+func (n *Node) merge(t Table, ch mesh.Channel, from mesh.PeerName, delta []byte) []byte {
+	news, err := t.Merge(from, delta)
+	var refused *mesh.Refusal
+	switch {
+	case errors.As(err, &refused):
+		n.refuse(from, ch, *refused)
+	case err != nil:
+		n.counters.malformed.Add(1)
+		n.log.Debug("bad delta", "peer", from, "channel", ch, "err", err)
+		return nil
+	}
+	return news
+}
+
+// maxRefusals bounds the peers for whom refused rows are counted one by one.
+const maxRefusals = 1024
+
+// refuse notes that rows of a delta were not taken in.
+func (n *Node) refuse(from mesh.PeerName, ch mesh.Channel, r mesh.Refusal) {
+	n.counters.forged.Add(uint64(r.Forged))
+	n.counters.foreign.Add(uint64(r.Foreign))
+	n.counters.keyless.Add(uint64(r.Unknown))
+	if now := time.Now(); r.Unknown > 0 && now.Sub(n.state.lacked) >= lackPause {
+		// It has the keys as well: they come first when tables are compared.
+		n.state.lacked = now
+		n.state.again[from] = now.Add(syncAgain)
+	}
+	if r.Forged+r.Foreign == 0 {
+		return
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	sum, ok := n.refusals[from]
+	if !ok && len(n.refusals) >= maxRefusals {
+		return
+	}
+	if !ok {
+		n.log.Warn("a peer passes on what others have not signed", "peer", from, "channel", ch, "err", r.Error())
+	}
+	sum.Forged += r.Forged
+	sum.Foreign += r.Foreign
+	n.refusals[from] = sum
 }
 
 // pass spreads what was new here.
@@ -459,10 +505,7 @@ func (n *Node) handleSync(from mesh.PeerName, body []byte) {
 		return
 	}
 	if out.data != nil {
-		news, err := n.tables[out.ch].Merge(from, out.data)
-		if err != nil {
-			n.malformed(from, out.ch, err)
-		} else if len(news) > 0 {
+		if news := n.merge(n.tables[out.ch], out.ch, from, out.data); len(news) > 0 {
 			n.state.hint = true
 			n.state.again[from] = now.Add(syncAgain)
 		}

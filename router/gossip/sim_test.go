@@ -313,7 +313,7 @@ func TestClone(t *testing.T) {
 	seeds(t, 3, func(t *testing.T, seed uint64) {
 		clone := func(i int, cfg *gossip.Config) {
 			if i == 4 {
-				cfg.Self.Name, cfg.Self.Key = simnet.NameOf(1), [32]byte{1, 0, 1}
+				cfg.Self.Name, cfg.Self.Key = simnet.NameOf(1), simnet.KeyOf(1)
 			}
 		}
 		c := simnet.NewCluster(t, simnet.Options{Seed: seed, Config: clone})

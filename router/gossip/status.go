@@ -44,7 +44,14 @@ type Status struct {
 	Conflict    string // why we keep to ourselves; normally empty
 	Ended       uint64 // links that have come to an end
 	Members     int    // alive, to memberlist
+	Refusals    []Refusal
 	Counters    map[string]uint64
+}
+
+// Refusal counts the rows that a peer passed on and that were not taken in.
+type Refusal struct {
+	From mesh.PeerName
+	mesh.Refusal
 }
 
 // Status returns what is known now.
@@ -54,6 +61,7 @@ func (n *Node) Status() Status {
 		Counters: map[string]uint64{
 			"inbox_full": n.counters.inboxFull.Load(), "malformed": n.counters.malformed.Load(),
 			"unknown_channel": n.counters.unknown.Load(), "oversize": n.counters.oversize.Load(),
+			"forged_rows": n.counters.forged.Load(), "foreign_rows": n.counters.foreign.Load(), "keyless_rows": n.counters.keyless.Load(),
 			"unsent": n.counters.unsent.Load(), "member_refused": n.members.refused.Load(), "member_lost": n.members.lost.Load(),
 			"sent": n.counters.sent.Load(), "sent_bytes": n.counters.sentBytes.Load(),
 			"received": n.counters.received.Load(), "received_bytes": n.counters.receivedBytes.Load(),
@@ -68,6 +76,9 @@ func (n *Node) Status() Status {
 	now := time.Now()
 	n.mu.Lock()
 	s.Targets, s.Conflict, s.Ended = n.dialer.targetTexts(), n.conflict, n.ended
+	for _, name := range sortedNames(n.refusals) {
+		s.Refusals = append(s.Refusals, Refusal{name, n.refusals[name]})
+	}
 	for _, name := range sortedNames(n.book.live) {
 		ll := n.book.live[name]
 		c := Connection{

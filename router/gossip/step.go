@@ -24,6 +24,7 @@ const (
 
 	syncEvery = 2 * time.Second        // between comparisons with a random peer
 	syncAgain = 200 * time.Millisecond // after one that brought something
+	lackPause = time.Second            // between such that are due to a missing key alone
 	syncRate  = 2000                   // messages a second in answer to comparisons
 	syncBurst = 500
 
@@ -51,7 +52,8 @@ type loopState struct {
 	hinted    time.Time
 	again     map[mesh.PeerName]time.Time // whom to compare with again
 	conflict  time.Time
-	runs      map[mesh.PeerName]mesh.RunID
+	lacked    time.Time // when a key was missing last
+	runs      map[mesh.PeerName]bearer
 	runsAt    uint64 // changes of the topology when runs was made
 	flags     []router.PeerFlags
 
@@ -59,12 +61,18 @@ type loopState struct {
 	syncAt     time.Time
 }
 
+// bearer is who has a name, and in which run.
+type bearer struct {
+	run mesh.RunID
+	key [32]byte
+}
+
 // roster is the run that each peer is in, as the topology tells.
-func (s *loopState) roster(t *router.Topology) map[mesh.PeerName]mesh.RunID {
+func (s *loopState) roster(t *router.Topology) map[mesh.PeerName]bearer {
 	if changes := t.Changes(); s.runs == nil || changes != s.runsAt {
-		s.runs, s.runsAt = map[mesh.PeerName]mesh.RunID{}, changes
+		s.runs, s.runsAt = map[mesh.PeerName]bearer{}, changes
 		for _, p := range t.Roster() {
-			s.runs[p.Name] = p.Run
+			s.runs[p.Name] = bearer{p.Run, p.Key}
 		}
 	}
 	return s.runs
@@ -113,6 +121,7 @@ func (n *Node) onLink(ev router.LinkEvent, now time.Time) {
 			n.under.Hangup(name, conflict)
 			return
 		}
+		n.topology.Linked(name, ev.Link.Peer.Key, true)
 		log.Info("link up", "outbound", ev.Link.Outbound, "sealed", ev.Link.Sealed, "mtu", ev.Link.MTU, "rtt", ev.Link.RTT)
 		n.state.publish = true
 		n.members.setDirect(name, true)
@@ -139,6 +148,7 @@ func (n *Node) onLink(ev router.LinkEvent, now time.Time) {
 		n.mu.Unlock()
 		if was {
 			log.Info("link down", "err", ev.Err, "lived", lived.Round(time.Second))
+			n.topology.Linked(name, ev.Link.Peer.Key, false)
 			n.members.setDirect(name, false)
 			n.state.publish = true
 		}
@@ -331,15 +341,25 @@ func (n *Node) dial(ctx context.Context, now time.Time, lookups *sync.WaitGroup)
 		return
 	}
 	addrs, hosts := n.dialer.step(now)
+	var usurpers []mesh.PeerName
 	for name, ll := range n.book.live {
+		known, ok := roster[name]
+		if ok && known.key != ll.link.Peer.Key {
+			usurpers = append(usurpers, name)
+			continue
+		}
 		// A link that is new may be ahead of what is told about its peer.
-		if run, ok := roster[name]; ok && run != ll.link.Peer.Run && now.Sub(ll.since) > time.Second {
+		if ok && known.run != ll.link.Peer.Run && now.Sub(ll.since) > time.Second {
 			if a, ok := n.dialer.restarted(name, now); ok {
 				addrs = append(addrs, a)
 			}
 		}
 	}
 	n.mu.Unlock()
+	slices.SortFunc(usurpers, mesh.PeerName.Compare)
+	for _, p := range usurpers {
+		n.under.Hangup(p, "the name "+p.String()+" belongs to another peer, from whose key it follows")
+	}
 	for _, a := range addrs {
 		n.under.Dial(a)
 	}

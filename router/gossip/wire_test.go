@@ -162,7 +162,7 @@ func FuzzSync(f *testing.F) {
 		}
 	}
 	f.Fuzz(func(t *testing.T, in []byte) {
-		out := answerSync(map[mesh.Channel]Table{9: fixedTable{1: 1, 5: 9, 1 << 60: 2}, mesh.ChanTopology: router.NewTopology(router.Peer{Name: pn(1)})}, in)
+		out := answerSync(map[mesh.Channel]Table{9: fixedTable{1: 1, 5: 9, 1 << 60: 2}, mesh.ChanTopology: router.NewTopology(router.Peer{Name: pn(1)}, nil)}, in)
 		for _, r := range out.replies {
 			if len(r) > mesh.MaxMessage {
 				t.Errorf("reply of %d bytes", len(r))

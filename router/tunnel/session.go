@@ -331,7 +331,7 @@ func (t *Tunnel) judge(hello router.Hello, from origin, now time.Time) error {
 		known := p.info.Load().hello
 		alive := time.Duration(t.since(now)-p.heard.Load()) < nameHeld && len(p.ring) > 0
 		switch {
-		case known.Key != hello.Key && alive:
+		case known.Key != hello.Key && alive && NameOf(hello.Key) != hello.Name:
 			return fmt.Errorf("the name %v belongs to %s, who is alive and has another key: start %s with another --name",
 				hello.Name, known.NickName, hello.NickName)
 		case known.Key == hello.Key && known.Run != hello.Run && p.second == hello.Run && alive:

@@ -73,6 +73,9 @@ func (c *Cluster) Stop() {
 // NameOf is the name of peer i.
 func NameOf(i int) mesh.PeerName { return mesh.PeerName{0x0e, 0, 0, 0, byte(i >> 8), byte(i)} }
 
+// KeyOf is the key of peer i.
+func KeyOf(i int) [32]byte { return [32]byte{byte(i), byte(i >> 8), 1} }
+
 // AddrOf is the address of peer i.
 func AddrOf(i int) netip.AddrPort {
 	return netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, byte(i >> 8), byte(i)}), 6783)
@@ -90,8 +93,8 @@ func (c *Cluster) Start(i int, targets ...int) *Peer {
 	c.runs++
 	name := NameOf(i)
 	hello := router.Hello{
-		Name: name, Run: mesh.RunID(c.opts.Seed<<32 + c.runs), Key: [32]byte{byte(i), byte(i >> 8), 1},
-		NickName: fmt.Sprint("peer", i), Port: 6783, Protocol: 1,
+		Name: name, Run: mesh.RunID(c.opts.Seed<<32 + c.runs), Key: KeyOf(i),
+		NickName: fmt.Sprint("peer", i), Port: 6783, Protocol: router.Protocol,
 	}
 	cfg := gossip.Config{
 		Self: router.Peer{
@@ -104,7 +107,10 @@ func (c *Cluster) Start(i int, targets ...int) *Peer {
 	if c.opts.Config != nil {
 		c.opts.Config(i, &cfg)
 	}
-	hello.Name, hello.Key = cfg.Self.Name, cfg.Self.Key
+	hello.Name, hello.Key, hello.Protocol = cfg.Self.Name, cfg.Self.Key, cfg.Self.Protocol
+	if cfg.Keys == nil {
+		cfg.Keys = Keys(cfg.Self.Key)
+	}
 	host := c.Net.Add(hello, AddrOf(i))
 	node := gossip.New(cfg, host)
 	if c.opts.Prepare != nil {
