@@ -25,11 +25,12 @@ import (
 
 // FirewallConfig says what the firewall guards. New works on a copy.
 type FirewallConfig struct {
-	UDPPorts   []uint16 // closed to containers; nil means 6783 and 6784
-	KernelPort uint16   // UDP port to which containers must not send on other hosts either; 0: none
-	TCPPorts   []uint16 // the same as UDPPorts; nil means 6783; add a control port that listens on TCP
-	LocalPorts []uint16 // TCP ports on loopback, closed to all others; nil means 6782
-	DNSPort    uint16   // of the name server on Docker's bridges, opened to containers; 0 means none
+	UDPPorts     []uint16 // closed to containers; nil means 6783 and 6784
+	KernelPort   uint16   // UDP port of the kernel path, on which nobody else speaks for this host; 0: none
+	KernelDevice string   // the kernel path's interface; with KernelPort
+	TCPPorts     []uint16 // the same as UDPPorts; nil means 6783; add a control port that listens on TCP
+	LocalPorts   []uint16 // TCP ports on loopback, closed to all others; nil means 6782
+	DNSPort      uint16   // of the name server on Docker's bridges, opened to containers; 0 means none
 
 	// NoMasqLocal keeps the source address of traffic from outside to containers of this host, which then
 	// need a route back. Otherwise it is masqueraded like traffic to those of other hosts.
@@ -213,7 +214,7 @@ func (f *Firewall) wish() (wish, error) {
 	w := wish{
 		bridge: f.host.cfg.Bridge, mac: mac, docker: state.Docker, within: f.cfg.Range,
 		udp: f.cfg.UDPPorts, tcp: f.cfg.TCPPorts, local: f.cfg.LocalPorts, dns: f.cfg.DNSPort,
-		kernel: f.cfg.KernelPort,
+		kernel: f.cfg.KernelPort, device: f.cfg.KernelDevice,
 	}
 	if f.cfg.NoMasqLocal {
 		ports, err := f.host.Ports()

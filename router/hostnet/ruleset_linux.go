@@ -22,7 +22,8 @@ type wish struct {
 	docker  []string // Docker's bridges
 	udp     []uint16 // ports that containers must not reach
 	tcp     []uint16
-	kernel  uint16         // the kernel path's UDP port, to which containers must not send anywhere; 0: none
+	kernel  uint16 // the kernel path's UDP port, to which only device may send; 0: none
+	device  string
 	dns     uint16         // port of the name server on Docker's bridges; 0: none
 	local   []uint16       // TCP ports on loopback that nobody outside must reach
 	within  netip.Prefix   // the address range of the mesh, if known
@@ -50,7 +51,10 @@ type rule struct {
 //
 //	input        tunnel ports and control are closed to containers, loopback ports to everybody else
 //	forward      what goes to the bridge passes "tomesh"; nothing of containers goes to other hosts' kernel paths, for
-//	             masqueraded it would come from the address by which they know this peer
+//	             they may write any source address
+//	leaving      nothing but the kernel path sends to others' with an address of this host, by which they know this
+//	             peer: no local user, and nobody who is masqueraded, whatever program does it. Networks that are
+//	             routed as they are go on being so
 //	tomesh       no routing from one subnet of the mesh to another (a frame that is bridged bears another
 //	             destination MAC than the bridge's), and none from Docker's bridges, replies excepted
 //	postrouting  masquerade for exposed subnets, both ways: neither side has a route to the other
@@ -82,6 +86,10 @@ func (w wish) ruleset() []chain {
 			forward.add("to kernel paths from "+name, in(name), notOut(name), protoPort(unix.IPPROTO_UDP, w.kernel), drop())
 		}
 	}
+	leaving := chain{name: "leaving", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookPostrouting, prio: nftables.ChainPriorityRef(300)}
+	if w.kernel != 0 {
+		leaving.add("to kernel paths in this host's name", protoPort(unix.IPPROTO_UDP, w.kernel), notIn(w.device), fromHere(), drop())
+	}
 	tomesh := chain{name: "tomesh"}
 	if !w.mac.IsZero() {
 		tomesh.add("no routing between subnets", in(w.bridge), etherTo(w.mac), drop())
@@ -110,6 +118,9 @@ func (w wish) ruleset() []chain {
 		post.add("from outside to "+s.String(), out(w.bridge), within(daddr, s, true), within(saddr, s, false), masquerade())
 	}
 	chains := []chain{closed, bridges, tomesh, input, forward}
+	if w.kernel != 0 {
+		chains = append(chains, leaving)
+	}
 	if len(w.masq) > 0 {
 		chains = append(chains, post)
 	}
@@ -188,6 +199,14 @@ func etherTo(mac mesh.MAC) []expr.Any {
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binary.NativeEndian.AppendUint16(nil, unix.ARPHRD_ETHER)},
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseLLHeader, Offset: 0, Len: 6},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: mac[:]},
+	}
+}
+
+// fromHere matches packets that bear an address of this host as their source.
+func fromHere() []expr.Any {
+	return []expr.Any{
+		&expr.Fib{Register: 1, ResultADDRTYPE: true, FlagSADDR: true},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binary.NativeEndian.AppendUint32(nil, unix.RTN_LOCAL)},
 	}
 }
 
