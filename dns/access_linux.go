@@ -24,8 +24,8 @@ const (
 // ours or of Docker's serves the containers on it if the source is an address of that bridge's subnets, so
 // that a spoofed one gets nothing. All other interfaces, the host's uplinks above all, get nothing.
 type Interfaces struct {
-	bridges []string
-	access  func(name string) Access
+	bridges  []string
+	isolated func(bridge string) bool
 
 	known atomic.Pointer[map[int]hostInterface]
 
@@ -34,7 +34,7 @@ type Interfaces struct {
 }
 
 type hostInterface struct {
-	access   Access
+	bridge   string // its name if it is a bridge that is served
 	loopback bool
 	subnets  []netip.Prefix
 }
@@ -44,19 +44,13 @@ const lookEvery = 250 * time.Millisecond
 
 // NewInterfaces serves the named bridges beside Docker's: docker0, docker_gwbridge and br-<twelve digits>.
 // isolated, which may be nil, tells of a bridge whose containers have no business outside: they get names
-// of the mesh only (CVE-2024-29018 is what happens otherwise).
+// of the mesh only (CVE-2024-29018 is what happens otherwise). It is asked with every query that comes by a
+// bridge and must not block.
 func NewInterfaces(bridges []string, isolated func(bridge string) bool) *Interfaces {
-	i := &Interfaces{bridges: bridges}
-	i.access = func(name string) Access {
-		switch {
-		case !i.serves(name):
-			return Refuse
-		case isolated != nil && isolated(name):
-			return Names
-		}
-		return Full
+	if isolated == nil {
+		isolated = func(string) bool { return false }
 	}
-	return i
+	return &Interfaces{bridges: bridges, isolated: isolated}
 }
 
 func (i *Interfaces) serves(name string) bool {
@@ -94,12 +88,12 @@ func (i *Interfaces) judge(src netip.Addr, index int) (a Access, sure bool) {
 		if !found {
 			return Refuse, false
 		}
-		return h.judge(src)
+		return i.judgeBy(h, src)
 	}
 	best := Refuse
 	for _, h := range *known {
 		// A proven source on loopback is one of the host's own addresses.
-		if a, _ := h.judge(src); a > best && (!h.loopback || src.IsLoopback()) {
+		if a, _ := i.judgeBy(h, src); a > best && (!h.loopback || src.IsLoopback()) {
 			best = a
 		} else if h.owns(src) {
 			best = Full
@@ -108,17 +102,21 @@ func (i *Interfaces) judge(src netip.Addr, index int) (a Access, sure bool) {
 	return best, best != Refuse
 }
 
-func (h *hostInterface) judge(src netip.Addr) (Access, bool) {
+func (i *Interfaces) judgeBy(h hostInterface, src netip.Addr) (Access, bool) {
 	if h.loopback {
 		return Full, true
 	}
-	if h.access == Refuse {
+	if h.bridge == "" {
 		return Refuse, true
 	}
 	for _, p := range h.subnets {
-		if p.Contains(src) {
-			return h.access, true
+		if !p.Contains(src) {
+			continue
 		}
+		if i.isolated(h.bridge) {
+			return Names, true
+		}
+		return Full, true
 	}
 	return Refuse, false
 }
@@ -158,8 +156,8 @@ func (i *Interfaces) refreshLocked() error {
 	for _, ifc := range all {
 		h := hostInterface{loopback: ifc.Flags&net.FlagLoopback != 0}
 		// Somebody may name a network card like a bridge.
-		if drv, err := unix.IoctlGetEthtoolDrvinfo(fd, ifc.Name); err == nil && unix.ByteSliceToString(drv.Driver[:]) == "bridge" {
-			h.access = i.access(ifc.Name)
+		if drv, err := unix.IoctlGetEthtoolDrvinfo(fd, ifc.Name); err == nil && i.serves(ifc.Name) && unix.ByteSliceToString(drv.Driver[:]) == "bridge" {
+			h.bridge = ifc.Name
 		}
 		addrs, err := ifc.Addrs()
 		if err != nil {

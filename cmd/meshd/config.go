@@ -80,6 +80,7 @@ type DNSConfig struct {
 	Listen          netip.AddrPort // address invalid: the Docker bridge's. Port is always set
 	TTL             time.Duration  // whole seconds
 	FallbackTimeout time.Duration  // for an upstream server
+	AllowRebind     bool           // pass on answers from outside that point into the mesh
 	ResolvConf      string         // file that names the upstream servers
 }
 

@@ -37,7 +37,7 @@ type options struct {
 	allocRangeGiven                      bool
 	reclaimAfter                         time.Duration
 
-	noDNS                            bool
+	noDNS, allowRebind               bool
 	domain, dnsListen, resolvConf    string
 	dnsTTL                           int
 	dnsFallback                      time.Duration
@@ -145,6 +145,7 @@ func newFlags(o *options) *pflag.FlagSet {
 	f.StringVar(&o.dnsListen, "dns-listen-address", "", "`[IP]:port` of the name server; empty means port 53 of Docker's bridge")
 	f.IntVar(&o.dnsTTL, "dns-ttl", 1, "time to live of answers in `seconds`")
 	f.DurationVar(&o.dnsFallback, "dns-fallback-timeout", 5*time.Second, "`duration` that a query to the host's own name servers may take")
+	f.BoolVar(&o.allowRebind, "dns-allow-rebind", false, "pass on answers from outside that point to addresses of the mesh")
 	f.StringVar(&o.resolvConf, "resolv-conf", "/etc/resolv.conf", "`file` that names the host's own name servers")
 
 	f.StringVar(&o.dockerAPI, "docker-api", "", "Docker's `endpoint`, unix:///path or tcp://host:port; unset means DOCKER_HOST or the usual socket, and --docker-api= no Docker")

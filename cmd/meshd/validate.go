@@ -283,6 +283,7 @@ func (v *validator) dns(o *options) DNSConfig {
 		Listen:          netip.AddrPortFrom(netip.Addr{}, 53),
 		TTL:             time.Duration(o.dnsTTL) * time.Second,
 		FallbackTimeout: o.dnsFallback,
+		AllowRebind:     o.allowRebind,
 		ResolvConf:      v.path("resolv-conf", o.resolvConf),
 	}
 	var err error

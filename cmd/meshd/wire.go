@@ -52,7 +52,8 @@ type house struct {
 	names     *dns.Server // nil with --no-dns
 
 	addresses  *ipam.Allocator
-	docker     *docker.Client // nil without Docker
+	docker     *docker.Client   // nil without Docker
+	networks   *docker.Networks // nil without Docker
 	containers *container.Manager
 	firewall   *hostnet.Firewall
 	proxy      *proxy.Proxy // nil without
@@ -280,15 +281,18 @@ func (h *house) buildNames() error {
 	h.names, err = dns.New(dns.Config{
 		Domain: d.Domain, Listen: d.Listen, Bridge: h.cfg.Overlay.DockerBridge, TTL: d.TTL,
 		ResolvConf: d.ResolvConf, Timeout: d.FallbackTimeout,
-		Access: dns.NewInterfaces([]string{h.cfg.Overlay.Bridge}, nil).Access,
-		Ranges: ranges(h.cfg.Addresses),
-		Log:    h.log.With("room", "dns"),
+		Access: dns.NewInterfaces([]string{h.cfg.Overlay.Bridge}, h.isolated).Access,
+		Ranges: ranges(h.cfg.Addresses), AllowRebind: d.AllowRebind,
+		Log: h.log.With("room", "dns"),
 	}, h.records)
 	if err != nil {
 		return err
 	}
 	return h.names.Open()
 }
+
+// isolated is for dns, which runs when everything is built.
+func (h *house) isolated(bridge string) bool { return h.networks != nil && h.networks.Isolated(bridge) }
 
 func (h *house) openKernel() error {
 	o := h.cfg.Overlay
@@ -336,7 +340,7 @@ func (h *house) buildContainers() error {
 		if h.docker, err = docker.New(docker.Config{Endpoint: d.API, Log: cfg.Log}); err != nil {
 			return err
 		}
-		cfg.Docker = h.docker
+		cfg.Docker, h.networks = h.docker, docker.NewNetworks(h.docker)
 	}
 	if d.API != "" { // also when the proxy is off by now, for what it made waits
 		cfg.Wanted, cfg.WantedLabel = h.wanted, proxy.LabelAddrs
@@ -389,7 +393,7 @@ func (h *house) wanted(c docker.Container) (container.Request, bool) {
 func firewallConfig(cfg Config) hostnet.FirewallConfig {
 	fw := hostnet.FirewallConfig{
 		UDPPorts:   []uint16{cfg.Underlay.Port, cfg.Underlay.VXLANPort},
-		KernelPort: cfg.Underlay.VXLANPort, KernelDevice: cfg.Overlay.VXLAN,
+		KernelPort: cfg.Underlay.VXLANPort,
 		TCPPorts:   []uint16{cfg.Underlay.Port},
 		LocalPorts: []uint16{},
 		Range:      cfg.Addresses.Range, NoMasqLocal: cfg.Overlay.NoMasqLocal,
@@ -447,6 +451,9 @@ func (h *house) serve(ctx context.Context, notify *notifier) error {
 	})
 	if h.names != nil {
 		run("dns", h.names.Run)
+		if h.networks != nil {
+			run("networks", h.networks.Run)
+		}
 	}
 	run("ipam", h.addresses.Run)
 	run("kernel path", h.kernel.run)
