@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -475,5 +476,88 @@ func eventually(t testing.TB, true func() bool) {
 		case <-limit:
 			t.Fatal("not within 5 s")
 		}
+	}
+}
+
+// A thousand TCP clients that send a byte now and then hold no more places than there are, lose them in
+// time, and UDP does not notice.
+func TestSlowTCPClients(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes seconds")
+	}
+	table := newTable(t)
+	addName(t, table, "web.mesh.internal", "10.32.0.1")
+	s := startServer(t, table, nil)
+	const clients, perSource = 1000, 25
+	start := time.Now()
+	var wg sync.WaitGroup
+	var cut atomic.Int32
+	stop := make(chan struct{})
+	for i := range clients {
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 1, byte(1+i/perSource))}, Timeout: 5 * time.Second}
+		c, err := d.Dial("tcp", s.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		wg.Go(func() { // ends when the server cuts the connection, or with stop
+			drip := []byte{2, 0} // the length of a request that never gets there
+			tick := time.NewTicker(100 * time.Millisecond)
+			defer tick.Stop()
+			for n := 0; ; n++ {
+				b := byte(0)
+				if n < len(drip) {
+					b = drip[n]
+				}
+				if _, err := c.Write([]byte{b}); err != nil {
+					cut.Add(1)
+					return
+				}
+				select {
+				case <-tick.C:
+				case <-stop:
+					return
+				}
+			}
+		})
+	}
+	most := 0
+	var took []time.Duration
+	conn, err := net.Dial("udp", s.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	q, buf := packed(t, "web.mesh.internal.", miekg.TypeA), make([]byte, 512)
+	for cut.Load() < clients && time.Since(start) < tcpIdle+tcpMessage {
+		most = max(most, s.clients.count())
+		asked := time.Now()
+		if _, err := conn.Write(q); err != nil {
+			t.Fatal(err)
+		}
+		if err := conn.SetReadDeadline(asked.Add(time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := conn.Read(buf); err != nil {
+			t.Fatalf("by UDP meanwhile: %v", err)
+		}
+		took = append(took, time.Since(asked))
+		<-time.After(time.Millisecond)
+	}
+	close(stop)
+	wg.Wait()
+	slices.Sort(took)
+	t.Logf("%d clients at most, all cut after %v; by UDP meanwhile: median %v, 99th percentile %v", most, time.Since(start).Round(time.Millisecond), took[len(took)/2], took[len(took)*99/100])
+	if cut.Load() != clients {
+		t.Errorf("%d of %d clients were cut", cut.Load(), clients)
+	}
+	if most > tcpClients || most < tcpClients/2 {
+		t.Errorf("%d clients at a time, want up to %d", most, tcpClients)
+	}
+	if p99 := took[len(took)*99/100]; p99 > 100*time.Millisecond {
+		t.Errorf("UDP took %v", p99)
+	}
+	if r := ask(t, s, "tcp", "web.mesh.internal.", miekg.TypeA); len(r.Answer) != 1 {
+		t.Errorf("TCP afterwards: got %v", r)
 	}
 }

@@ -3,6 +3,7 @@ package integration
 import (
 	"bytes"
 	"context"
+	"errors"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -272,6 +273,24 @@ func TestRefusedLaunch(t *testing.T) {
 	refused("NoTUN", command("mount -t tmpfs none /dev/net", "umount /dev/net"), "/dev/net/tun")
 	refused("BridgeOfWrongKind", command("ip link add mesh type vxlan id 7 dstport 4790 local 198.18.1.2", "ip link del mesh"), "mesh", "vxlan", "bridge")
 	refused("TAPOfWrongKind", command("ip link add mesh-tap type bridge", "ip link del mesh-tap"), "mesh-tap", "bridge")
+	refused("NameServersPortTaken", func() (func() error, error) {
+		_, err := h.Out(w.ctx, "/bin/sh", "-c", "ip link add docker0 type bridge && ip addr add 172.17.0.1/16 dev docker0 && ip link set docker0 up")
+		if err != nil {
+			return nil, err
+		}
+		p, err := h.Start(w.ctx, nil, "busybox", "nc", "-l", "-p", "53")
+		if err != nil {
+			return nil, err
+		}
+		undo := func() error {
+			_, err := h.Out(w.ctx, "ip", "link", "del", "docker0")
+			return errors.Join(err, p.Stop(time.Second))
+		}
+		return undo, lab.Until(w.ctx, 5*time.Second, "port 53 to be taken", func() bool {
+			r, err := h.Run(w.ctx, "ss", "-Hltn", "sport = 53")
+			return err == nil && r.Stdout != ""
+		})
+	}, "172.17.0.1:53", "busybox", "pid", "--dns-listen-address", "--no-dns")
 	t.Run("NotRoot", func(t *testing.T) {
 		w := w.in(t)
 		r, err := h.Run(w.ctx, "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", w.copyOfMeshctl(), "launch")
