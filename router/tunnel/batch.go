@@ -85,7 +85,7 @@ func (b *batch) close() {
 		end = start + b.r.keys.sealAt(b.out[start:], b.fill-start, counter, &b.nonce)
 	}
 	if b.r.relayed {
-		putRelayHeader(b.out[b.n:], maxHops, b.r.peer.name, b.t.name)
+		putRelayHeader(b.out[b.n:], b.r.hops, b.r.peer.name, b.t.name)
 	}
 	length := end - b.n
 	switch {

@@ -19,7 +19,8 @@ const (
 	dropQueue            // control queue full
 	dropRelaySource      // relay header from an address that is no live link
 	dropRelayRoute       // relay without a way to the destination
-	dropRelayHops        // relay too often
+	dropRelayHops        // relay with a count that nobody sends
+	dropRelayStray       // relay by a way that has more links than its sender allows
 	dropRelaySize        // relayed datagram larger than the next link carries
 	dropNoRoute          // frame or message for a peer that cannot be reached
 	dropNoSession        // frame or message while the session is not up yet and its queue is full
@@ -39,7 +40,7 @@ const (
 
 var dropNames = [dropCount]string{
 	"none", "type", "mac", "handshake", "busy", "session", "replay", "forged", "clear", "body", "queue",
-	"relay_source", "relay_route", "relay_hops", "relay_size", "no_route", "no_session", "too_big", "too_big_told",
+	"relay_source", "relay_route", "relay_hops", "relay_stray", "relay_size", "no_route", "no_session", "too_big", "too_big_told",
 	"malformed", "counter", "send_full", "send_error", "send_size", "port", "switch", "stream", "hint",
 }
 

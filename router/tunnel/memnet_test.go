@@ -191,11 +191,15 @@ type fixedRoutes struct {
 	m  map[mesh.PeerName]mesh.PeerName
 }
 
-func (f *fixedRoutes) NextHop(dst mesh.PeerName) (mesh.PeerName, bool) {
+// Way counts one link to a neighbour and two to everybody else.
+func (f *fixedRoutes) Way(dst mesh.PeerName) (via mesh.PeerName, links int, ok bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	via, ok := f.m[dst]
-	return via, ok
+	via, ok = f.m[dst]
+	if links = 1; via != dst {
+		links = 2
+	}
+	return via, links, ok
 }
 
 func (f *fixedRoutes) set(dst, via mesh.PeerName) {

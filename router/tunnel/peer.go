@@ -114,6 +114,7 @@ type route struct {
 	to      netip.AddrPort
 	mtu     int // bytes of datagram, relay header not counted
 	relayed bool
+	hops    byte // of a relayed one's header
 	clear   bool // frames go in clear
 }
 
@@ -121,7 +122,7 @@ type route struct {
 func (t *Tunnel) routeTo(dst mesh.PeerName) (r route, ok bool) {
 	peers := *t.peers.Load()
 	p := peers[dst]
-	via, known := t.cfg.Router.NextHop(dst)
+	via, links, known := t.cfg.Router.Way(dst)
 	if p != nil {
 		r.peer, r.keys = p, p.send.Load()
 		// The link itself is the way also when the router has not heard of it yet, or when the relay
@@ -143,7 +144,7 @@ func (t *Tunnel) routeTo(dst mesh.PeerName) (r route, ok bool) {
 	if d == nil {
 		return r, false
 	}
-	r.to, r.mtu, r.relayed = d.addr, d.mtu-relayHeaderLen, true
+	r.to, r.mtu, r.relayed, r.hops = d.addr, d.mtu-relayHeaderLen, true, hopsOf(links)
 	if p != nil {
 		if end := p.relayed.Load(); end != nil && end.via == via {
 			r.mtu = min(r.mtu, end.mtu)
@@ -200,7 +201,7 @@ func (t *Tunnel) Sessions() []Status {
 			}
 		case ok:
 			s.Path, s.Addr, s.MTU, s.Why = "relay", r.to, r.mtu, info.err
-			s.Via, _ = t.cfg.Router.NextHop(name)
+			s.Via, _, _ = t.cfg.Router.Way(name)
 			if d := p.relayed.Load(); d != nil {
 				s.RTT = d.rtt
 			}

@@ -377,9 +377,14 @@ func (r *receiver) relayed(b []byte, n int, from netip.AddrPort) int {
 		run += min(n, len(b)-run)
 		count++
 	}
-	d := r.nextHop(to, sender)
+	d, links := r.nextHop(to, sender)
 	if d == nil {
 		t.drops.add(dropRelayRoute)
+		return run
+	}
+	next, ok := router.Onward(int(hops), links)
+	if !ok {
+		t.drops.add(dropRelayStray)
 		return run
 	}
 	if n > d.mtu {
@@ -387,22 +392,22 @@ func (r *receiver) relayed(b []byte, n int, from netip.AddrPort) int {
 		return run
 	}
 	for at := 0; at < run; at += n {
-		b[at+1]--
+		b[at+1] = byte(next)
 	}
 	r.passing.add(b[:run], n, d.addr)
 	return run
 }
 
-// nextHop is the link to forward to, never the one that the datagram came by.
-func (r *receiver) nextHop(to mesh.PeerName, sender *peer) *path {
+// nextHop is the link to forward to, never the one that the datagram came by, and how many links there are from
+// here.
+func (r *receiver) nextHop(to mesh.PeerName, sender *peer) (d *path, links int) {
 	peers := *r.t.peers.Load()
-	via, known := r.t.cfg.Router.NextHop(to)
-	var d *path
+	via, links, known := r.t.cfg.Router.Way(to)
 	if q := peers[via]; known && q != nil && q != sender {
 		d = q.direct.Load()
 	}
 	if q := peers[to]; d == nil && q != nil && q != sender {
-		d = q.direct.Load()
+		d, links = q.direct.Load(), 1
 	}
-	return d
+	return d, links
 }

@@ -30,7 +30,7 @@ func (t *Tunnel) tickRelay(p *peer, now time.Time) bool {
 	if k == nil || !t.relayInUse(p, now) {
 		return false
 	}
-	via, _ := t.cfg.Router.NextHop(p.name)
+	via, _, _ := t.cfg.Router.Way(p.name)
 	q := (*t.peers.Load())[via]
 	if q == nil {
 		return false
@@ -61,6 +61,9 @@ func (t *Tunnel) tickRelay(p *peer, now time.Time) bool {
 	t.publishRelay(p)
 	return true
 }
+
+// hopsOf is what the header of a datagram says whose sender counts so many links.
+func hopsOf(links int) byte { return byte(min(max(links, 1), maxHops)) }
 
 func (t *Tunnel) publishRelay(p *peer) {
 	r := p.relay

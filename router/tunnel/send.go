@@ -74,7 +74,7 @@ func (t *Tunnel) writeBody(r *route, body []byte) {
 	var nonce [nonceLen]byte
 	n := at + r.keys.sealAt(b[at:], dataHeaderLen+len(body), counter, &nonce)
 	if r.relayed {
-		putRelayHeader(b, maxHops, r.peer.name, t.name)
+		putRelayHeader(b, r.hops, r.peer.name, t.name)
 	}
 	if err := t.conn.Write(b[:n], n, r.to, false); err != nil {
 		t.drops.add(dropOf(err))

@@ -508,7 +508,7 @@ func (t *Tunnel) sendTo(to origin, datagram []byte) {
 
 // sendRelayed wraps a datagram for dst and hands it to the next hop.
 func (t *Tunnel) sendRelayed(dst mesh.PeerName, datagram []byte) {
-	via, ok := t.cfg.Router.NextHop(dst)
+	via, links, ok := t.cfg.Router.Way(dst)
 	q := (*t.peers.Load())[via]
 	if !ok || via == dst || q == nil {
 		t.drops.add(dropNoRoute)
@@ -520,7 +520,7 @@ func (t *Tunnel) sendRelayed(dst mesh.PeerName, datagram []byte) {
 		return
 	}
 	b := make([]byte, relayHeaderLen, relayHeaderLen+len(datagram))
-	putRelayHeader(b, maxHops, dst, t.name)
+	putRelayHeader(b, hopsOf(links), dst, t.name)
 	b = append(b, datagram...)
 	if err := t.conn.Write(b, len(b), d.addr, false); err != nil {
 		t.drops.add(dropOf(err))

@@ -19,8 +19,9 @@ import (
 
 // Router says by whom a peer is reached. It must not block: it is asked for every frame.
 type Router interface {
-	// NextHop is the neighbour to hand datagrams for dst to; dst itself if the link to it is the way.
-	NextHop(dst mesh.PeerName) (via mesh.PeerName, ok bool)
+	// Way is the neighbour to hand datagrams for dst to, dst itself if the link to it is the way, and how many
+	// links there are on the way.
+	Way(dst mesh.PeerName) (via mesh.PeerName, links int, ok bool)
 }
 
 // Switch decides about frames. It must not block and keeps no buffer.

@@ -566,6 +566,17 @@ func TestRelayRefuses(t *testing.T) {
 		if d["relay_source"] != 1 || d["relay_hops"] != 2 || d["relay_route"] != 1 || d["type"] != 2 || z.tun.Drops()["session"] != before {
 			t.Errorf("drops: %v", d)
 		}
+		// A relay that counts more links than its sender: one more is let pass, two are not.
+		far := testIdentity(t, 9).Name()
+		m.routes.set(far, z.name())
+		for _, left := range []byte{1, 2} {
+			b := datagram(left, z, a)
+			copy(b[2:8], far[:])
+			send(a.conn, b)
+			if got := m.tun.Drops()["relay_stray"]; got != 1 {
+				t.Errorf("%d links left of 2: %d strays", left, got)
+			}
+		}
 		// Two relays that send it to each other for ever.
 		m.routes.set(z.name(), a.name())
 		a.routes.set(z.name(), m.name())

@@ -43,7 +43,7 @@ const (
 //	| type   | hops   | to, peer name   | from, peer name | inner datagram
 //	+--------+--------+-----------------+-----------------+----------------
 //
-// hops is how many more relays may forward it.
+// hops is how many more links it may take: see router.Onward.
 const (
 	relayHeaderLen = 1 + 1 + 6 + 6
 	maxHops        = 8
