@@ -1,7 +1,6 @@
 package tunnel
 
 import (
-	"bytes"
 	"crypto/hmac"
 	"encoding/binary"
 	"errors"
@@ -222,5 +221,5 @@ func helloHeader(typ byte, ours terms) []byte {
 
 // sameHost reports whether two hellos come from the same process.
 func sameHost(a, b router.Hello) bool {
-	return a.Run == b.Run && a.Name == b.Name && bytes.Equal(a.Key[:], b.Key[:])
+	return a.Run == b.Run && a.Name == b.Name && a.Key == b.Key
 }
