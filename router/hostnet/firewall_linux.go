@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
 	netlinkconn "github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
@@ -164,7 +165,8 @@ func (f *Firewall) Unguard() error {
 	return f.applyGuard(false)
 }
 
-// applyGuard needs the apply lock. Whether others have changed something is looked for on demand.
+// applyGuard needs the apply lock. Whether others have changed something is looked for on demand. What changes
+// in a thousand ports is a few of them, and writing all anew would take seconds.
 func (f *Firewall) applyGuard(look bool) error {
 	f.mu.Lock()
 	ports, guard := f.guarded, f.guard
@@ -178,8 +180,10 @@ func (f *Firewall) applyGuard(look bool) error {
 	if reflect.DeepEqual(want, f.bridged) && (!look || f.intact(t, want)) {
 		return nil
 	}
-	if err := f.write(t, want); err != nil {
-		return err
+	if look || f.bridged == nil || f.amend(t, f.bridged, want) != nil { // others may have taken away what amend builds on
+		if err := f.write(t, want); err != nil {
+			return err
+		}
 	}
 	f.bridged = want
 	return nil
@@ -263,18 +267,111 @@ func (f *Firewall) write(t *nftables.Table, want []chain) error {
 	c.AddTable(t) // so that there is one to delete
 	c.DelTable(t)
 	c.AddTable(t)
-	for _, ch := range want {
-		c.AddChain(&nftables.Chain{Table: t, Name: ch.name, Type: ch.kind, Hooknum: ch.hook, Priority: ch.prio})
+	return f.change(c, t, nil, want)
+}
+
+// amend changes a table that is as have says into what want says, in one transaction.
+func (f *Firewall) amend(t *nftables.Table, have, want []chain) error {
+	c, err := f.conn()
+	if err != nil {
+		return fmt.Errorf("nftables: %w", err)
 	}
+	return f.change(c, t, have, want)
+}
+
+// change sends what c holds and the difference between have and want. Chains come before what leads to them, and
+// go after it.
+func (f *Firewall) change(c *nftables.Conn, t *nftables.Table, have, want []chain) error {
+	old, wanted := byName(have), byName(want)
 	for _, ch := range want {
+		if _, exists := old[ch.name]; !exists {
+			c.AddChain(&nftables.Chain{Table: t, Name: ch.name, Type: ch.kind, Hooknum: ch.hook, Priority: ch.prio})
+		}
+	}
+	ports := &nftables.Set{Table: t, Name: "ports", IsMap: true, KeyType: nftables.TypeIFName, DataType: nftables.TypeVerdict}
+	for _, ch := range want {
+		was, exists := old[ch.name]
+		more, less := difference(ch.devices, was.devices), difference(was.devices, ch.devices)
+		if ch.devices != nil && !exists {
+			if err := c.AddSet(ports, nil); err != nil {
+				return fmt.Errorf("nftables: map of table %s: %w", t.Name, err)
+			}
+			c.AddRule(&nftables.Rule{Table: t, Chain: &nftables.Chain{Table: t, Name: ch.name}, UserData: byDevice.comment(), Exprs: []expr.Any{
+				&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1},
+				&expr.Lookup{SourceRegister: 1, IsDestRegSet: true, SetName: ports.Name, SetID: ports.ID},
+			}})
+		}
+		for some := range slices.Chunk(more, elementsAtOnce) {
+			if err := c.SetAddElements(ports, elements(some)); err != nil {
+				return fmt.Errorf("nftables: map of table %s: %w", t.Name, err)
+			}
+		}
+		for some := range slices.Chunk(less, elementsAtOnce) {
+			if err := c.SetDeleteElements(ports, elements(some)); err != nil {
+				return fmt.Errorf("nftables: map of table %s: %w", t.Name, err)
+			}
+		}
+		if exists && reflect.DeepEqual(was.rules, ch.rules) {
+			continue
+		}
+		if exists {
+			c.FlushChain(&nftables.Chain{Table: t, Name: ch.name})
+		}
 		for _, r := range ch.rules {
 			c.AddRule(&nftables.Rule{Table: t, Chain: &nftables.Chain{Table: t, Name: ch.name}, Exprs: r.exprs, UserData: r.comment()})
 		}
+	}
+	var gone []*nftables.Chain
+	for _, ch := range have {
+		if _, stays := wanted[ch.name]; !stays {
+			gone = append(gone, &nftables.Chain{Table: t, Name: ch.name})
+		}
+	}
+	for _, ch := range gone { // they may lead to each other
+		c.FlushChain(ch)
+	}
+	for _, ch := range gone {
+		c.DelChain(ch)
 	}
 	if err := c.Flush(); err != nil {
 		return fmt.Errorf("nftables: write table %s: %w", t.Name, err)
 	}
 	return nil
+}
+
+// elementsAtOnce keeps a message's list of elements under the 64 KiB of a netlink attribute.
+const elementsAtOnce = 256
+
+// byDevice is the rule that looks into the map of devices; it is a chain's first.
+var byDevice = rule{text: "by device"}
+
+func elements(devices []string) (list []nftables.SetElement) {
+	for _, d := range devices {
+		list = append(list, nftables.SetElement{Key: ifname(d), VerdictData: &expr.Verdict{Kind: expr.VerdictJump, Chain: d}})
+	}
+	return list
+}
+
+func byName(chains []chain) map[string]chain {
+	m := make(map[string]chain, len(chains))
+	for _, ch := range chains {
+		m[ch.name] = ch
+	}
+	return m
+}
+
+// difference is what a has and b has not.
+func difference(a, b []string) (out []string) {
+	in := make(map[string]bool, len(b))
+	for _, s := range b {
+		in[s] = true
+	}
+	for _, s := range a {
+		if !in[s] {
+			out = append(out, s)
+		}
+	}
+	return out
 }
 
 // intact reports whether the kernel has the chains and rules that want lists. Rules are known by their comments.
@@ -287,18 +384,78 @@ func (f *Firewall) intact(t *nftables.Table, want []chain) bool {
 	if found, err := c.ListTableOfFamily(t.Name, t.Family); err != nil || found.Flags&unix.NFT_TABLE_F_DORMANT != 0 {
 		return false
 	}
+	got, err := f.comments(t)
+	if err != nil {
+		return false
+	}
 	for _, ch := range want {
-		got, err := c.GetRules(t, &nftables.Chain{Table: t, Name: ch.name})
-		if err != nil || len(got) != len(ch.rules) {
+		rules := ch.rules
+		if ch.devices != nil {
+			rules = append([]rule{byDevice}, rules...)
+			set, err := c.GetSetByName(t, "ports")
+			if err != nil {
+				return false
+			}
+			found, err := c.GetSetElements(set)
+			if err != nil || len(found) != len(ch.devices) {
+				return false
+			}
+		}
+		if len(got[ch.name]) != len(rules) {
 			return false
 		}
-		for i, r := range ch.rules {
-			if !bytes.Equal(got[i].UserData, r.comment()) {
+		for i, r := range rules {
+			if !bytes.Equal(got[ch.name][i], r.comment()) {
 				return false
 			}
 		}
 	}
 	return true
+}
+
+// comments reads the comments of all rules of a table by chain, in one answer.
+func (f *Firewall) comments(t *nftables.Table) (map[string][][]byte, error) {
+	conn, err := netlinkconn.Dial(unix.NETLINK_NETFILTER, &netlinkconn.Config{NetNS: int(f.host.ns.Fd())})
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	name, err := netlinkconn.MarshalAttributes([]netlinkconn.Attribute{{Type: unix.NFTA_RULE_TABLE, Data: append([]byte(t.Name), 0)}})
+	if err != nil {
+		return nil, err
+	}
+	replies, err := conn.Execute(netlinkconn.Message{
+		Header: netlinkconn.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETRULE, Flags: netlinkconn.Request | netlinkconn.Dump},
+		Data:   append([]byte{byte(t.Family), unix.NFNETLINK_V0, 0, 0}, name...),
+	})
+	if err != nil {
+		return nil, err
+	}
+	out := map[string][][]byte{}
+	for _, r := range replies {
+		if len(r.Data) < 4 {
+			continue
+		}
+		ad, err := netlinkconn.NewAttributeDecoder(r.Data[4:])
+		if err != nil {
+			return nil, err
+		}
+		var chain string
+		var comment []byte
+		for ad.Next() {
+			switch ad.Type() {
+			case unix.NFTA_RULE_CHAIN:
+				chain = ad.String()
+			case unix.NFTA_RULE_USERDATA:
+				comment = ad.Bytes()
+			}
+		}
+		if err := ad.Err(); err != nil {
+			return nil, err
+		}
+		out[chain] = append(out[chain], comment)
+	}
+	return out, nil
 }
 
 // Run keeps the rules until ctx ends, and leaves them then. It notices others' changes by the generation

@@ -30,12 +30,12 @@ const (
 
 // guardRules writes out the table of the family bridge that stands in for the kernel path's guard where there
 // is none: a container speaks in its own name only, and not as a router, a switch or a DHCP server. Each port
-// has four chains; what falls out of the first is let through.
+// has five chains, to the first of which a map leads; what falls out of that one is let through.
 func guardRules(ports []mesh.Port) (chains []chain) {
 	base := chain{name: "guard", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookPrerouting, prio: nftables.ChainPriorityRef(-300)}
 	for _, p := range ports {
 		port, arp, ip4, ip6 := chain{name: p.HostEnd}, chain{name: p.HostEnd + "-arp"}, chain{name: p.HostEnd + "-ip4"}, chain{name: p.HostEnd + "-ip6"}
-		base.add("port "+p.HostEnd, in(p.HostEnd), jump(port.name))
+		base.devices = append(base.devices, p.HostEnd)
 
 		port.add("another's MAC", bytesAt(expr.PayloadBaseLLHeader, 6, p.MAC[:], expr.CmpOpNeq), drop())
 		port.add("link control", linkControl(), drop())

@@ -7,10 +7,12 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
 	"meshd/mesh"
@@ -242,7 +244,44 @@ func TestGuardMany(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Log("looked at in", time.Since(start))
-	if n := strings.Count(run(t, hostNS, "nft list chain bridge mesh guard"), "jump"); n != len(ports) {
+	jumps := func() int { return strings.Count(run(t, hostNS, "nft list map bridge mesh ports"), "jump") }
+	if n := jumps(); n != len(ports) {
 		t.Errorf("%d ports are guarded, want %d", n, len(ports))
+	}
+	// One more, one less, one with another address: each is a small change, and the result as if written at once.
+	more := testPort(1000, "10.3.1.1/16")
+	more.HostEnd = h.HostEnd(more.Owner)
+	changed := slices.Clone(ports)
+	changed[7].Addrs = []netip.Prefix{netip.MustParsePrefix("10.3.1.2/16")}
+	for what, list := range map[string][]mesh.Port{"one more": append(slices.Clone(ports), more), "one less": ports[1:], "another address": changed} {
+		start = time.Now()
+		if err := fw.Guard(list); err != nil {
+			t.Fatal(err)
+		}
+		took := time.Since(start)
+		t.Log(what, "in", took)
+		if took > time.Second {
+			t.Errorf("%s took %v", what, took)
+		}
+		table := &nftables.Table{Family: nftables.TableFamilyBridge, Name: "mesh"}
+		if !fw.intact(table, guardRules(list)) || jumps() != len(list) {
+			t.Errorf("%s: the table is not as it should be", what)
+		}
+		if n := strings.Count(run(t, hostNS, "nft list chains bridge"), "\tchain "); n != 5*len(list)+1 {
+			t.Errorf("%s: %d chains, want %d", what, n, 5*len(list)+1)
+		}
+	}
+	// What others take away comes back.
+	for _, damage := range []string{"flush map bridge mesh ports", "flush chain bridge mesh guard", "delete table bridge mesh"} {
+		run(t, hostNS, "nft "+damage)
+		if err := fw.Apply(); err != nil {
+			t.Fatal(err)
+		}
+		fw.apply.Lock()
+		guarded := len(fw.guarded)
+		fw.apply.Unlock()
+		if n := jumps(); n != guarded {
+			t.Errorf("after %s %d ports are guarded, want %d", damage, n, guarded)
+		}
 	}
 }

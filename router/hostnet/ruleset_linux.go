@@ -39,6 +39,9 @@ type chain struct {
 	hook  *nftables.ChainHook
 	prio  *nftables.ChainPriority
 	rules []rule
+
+	// devices are interfaces whose packets go to the chain that bears their name, by the table's only map.
+	devices []string
 }
 
 // rule is one rule; its text becomes the comment by which a rule is known again.
