@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -56,6 +57,8 @@ func run(ctx context.Context, args []string) error {
 	if err := lab.Requirements(); err != nil {
 		return err
 	}
+	// So that the runtime leaves threads alone that wait in system calls.
+	runtime.GOMAXPROCS(runtime.NumCPU() + 6)
 	var nets []*network
 	defer func() {
 		for _, n := range nets {

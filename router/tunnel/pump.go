@@ -18,16 +18,23 @@ const maxFrame = vnetLen + etherLen + 8 + 65535
 type pump struct {
 	t       *Tunnel
 	port    Port
+	try     TryReader // nil: the port has none
 	out     *batch
+	held    *backlog
+	now     time.Time
 	cut     cutter
 	scratch [256]byte // for the switch's answers
 	reply   [vnetLen + maxTooBig]byte
 	piece   [maxFrame]byte // a datagram that is to be fragmented
 }
 
-func newPump(t *Tunnel, port Port) *pump { return &pump{t: t, port: port, out: newBatch(t)} }
+func newPump(t *Tunnel, port Port) *pump {
+	p := &pump{t: t, port: port, out: newBatch(t), held: newBacklog()}
+	p.try, _ = port.(TryReader)
+	return p
+}
 
-const maxBurst = 64 // frames read before they are sent at the latest
+const maxBurst = 64 // frames read between two superframes at most
 
 func (p *pump) run(ctx context.Context) error {
 	if p.t.cfg.Switch == nil {
@@ -37,12 +44,13 @@ func (p *pump) run(ctx context.Context) error {
 		stop := context.AfterFunc(ctx, func() { c.Close() })
 		defer stop()
 	}
-	try, _ := p.port.(TryReader)
-	buf := make([]byte, maxFrame)
+	ownThread()
 	var broken bool
 	for {
+		buf := p.held.buffer()
 		n, err := p.port.Read(buf)
 		if err != nil {
+			p.held.release(buf)
 			if ctx.Err() != nil || errors.Is(err, os.ErrClosed) || errors.Is(err, io.EOF) {
 				return nil
 			}
@@ -62,17 +70,47 @@ func (p *pump) run(ctx context.Context) error {
 			p.t.log.Info("port delivers frames again")
 			broken = false
 		}
-		now := time.Now()
-		for burst := 0; n > 0; burst++ {
-			p.frame(buf[:n], now)
-			if try == nil || burst == maxBurst {
+		p.now = time.Now()
+		p.take(buf, n)
+		p.drain()
+	}
+}
+
+// drain sends what was read and what else is there: first what need not wait, then one superframe, and so on.
+func (p *pump) drain() {
+	for {
+		for range maxBurst {
+			if p.try == nil || p.held.full() {
 				break
 			}
-			if n, err = try.TryRead(buf); err != nil {
+			buf := p.held.buffer()
+			n, err := p.try.TryRead(buf)
+			if n == 0 || err != nil {
+				p.held.release(buf)
 				break
 			}
+			p.take(buf, n)
+		}
+		buf := p.held.next()
+		if buf != nil {
+			p.frame(buf, p.now)
+			p.held.release(buf)
 		}
 		p.out.flush()
+		if buf == nil {
+			return
+		}
+		p.now = time.Now()
+	}
+}
+
+// take deals with what is in buf[:n], now or later.
+func (p *pump) take(buf []byte, n int) {
+	if p.held.ahead(buf[:n]) {
+		p.frame(buf[:n], p.now)
+		p.held.release(buf)
+	} else {
+		p.held.add(buf[:n])
 	}
 }
 

@@ -48,6 +48,7 @@ func (r *receiver) write(buf []byte) {
 }
 
 func (r *receiver) run(ctx context.Context) error {
+	ownThread()
 	batch := make([]Datagrams, readBatch)
 	for i := range batch {
 		batch[i].Buf = make([]byte, readBuffer)
