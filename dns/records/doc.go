@@ -15,6 +15,8 @@
 //   - a name made by hand, which any peer may add and remove: the last writer wins by a Lamport clock.
 //     These rows are on disk. Their tombstones are kept for TombstoneAge of running time.
 //
+// Every row is signed by its writer; what others make up is not taken in (see Keys).
+//
 // No wall clock takes part. Invariant: merging is a join (commutative, associative, idempotent), for rows
 // are only ever replaced by larger versions and a floor only rises.
 //

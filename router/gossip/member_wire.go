@@ -64,6 +64,10 @@ const (
 	memberCRC
 )
 
+// maxDeath bounds the incarnation in which a peer can be said to have failed: lower than that in which it can
+// be said to be alive, so that no claim is the last word. Honest peers count from one.
+const maxDeath = 1 << 30
+
 // claim is what a packet says of somebody's life.
 type claim struct {
 	kind        byte // memberSuspect, memberAlive or memberDead
@@ -124,7 +128,7 @@ func checkPart(from mesh.PeerName, b []byte, accept func(claim) bool) bool {
 			accept(claim{kind, node, uint32(f.incarnation)})
 	case memberSuspect, memberDead:
 		_, ok := peerOfNode(string(f.from))
-		return named && ok && accept(claim{kind, node, uint32(f.incarnation)})
+		return named && ok && f.incarnation < maxDeath && accept(claim{kind, node, uint32(f.incarnation)})
 	}
 	return false
 }

@@ -103,7 +103,7 @@ func (m *members) join(p mesh.PeerName) {
 // introduce tells our memberlist that p is alive, which we know from elsewhere: from a link or a route.
 func (m *members) introduce(p mesh.PeerName) {
 	m.mu.Lock()
-	inc := m.incarnation[p] + 1
+	inc := min(m.incarnation[p]+1, 1<<31-1) // what checkMember lets through
 	m.mu.Unlock()
 	m.offer(p, appendAlive(nil, p, inc))
 }

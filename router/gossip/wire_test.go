@@ -302,6 +302,8 @@ func TestCheckMember(t *testing.T) {
 		{"ping", ping, true},
 		{"suspect", suspect, true},
 		{"alive", alive, true},
+		{"alive for the last time", appendAlive(nil, pn(4), 1<<31-1), true},
+		{"dead so that it cannot deny", append([]byte{memberDead}, fieldMap(str("Incarnation"), []byte{0xce, 0x40, 0, 0, 0}, str("Node"), str(other), str("From"), str(node))...), false},
 		{"compound", compound(ping, alive, suspect), true},
 		{"empty compound", compound(), true},
 		{"nothing", nil, false},
