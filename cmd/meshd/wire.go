@@ -393,7 +393,7 @@ func (h *house) wanted(c docker.Container) (container.Request, bool) {
 func firewallConfig(cfg Config) hostnet.FirewallConfig {
 	fw := hostnet.FirewallConfig{
 		UDPPorts:   []uint16{cfg.Underlay.Port, cfg.Underlay.VXLANPort},
-		KernelPort: cfg.Underlay.VXLANPort,
+		KernelPort: cfg.Underlay.VXLANPort, KernelDevice: cfg.Overlay.VXLAN,
 		TCPPorts:   []uint16{cfg.Underlay.Port},
 		LocalPorts: []uint16{},
 		Range:      cfg.Addresses.Range, NoMasqLocal: cfg.Overlay.NoMasqLocal,
