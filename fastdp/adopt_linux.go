@@ -38,7 +38,7 @@ func (d *Datapath) readKernel() error {
 		if err := d.obj.Peers.Lookup(i, &k.peers[i]); err != nil {
 			return err
 		}
-		k.peers[i].Used = 0
+		k.peers[i].Used, k.peers[i].Whole = 0, [2]uint64{}
 	}
 	for i := range uint32(maxNetworks) {
 		var v bpfNetwork

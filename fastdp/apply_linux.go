@@ -46,6 +46,9 @@ func (d *Datapath) applyPeers(now time.Time) error {
 		}
 		relayed := !s.Via.IsZero() || !s.told.Via.IsZero() || now.Before(s.relayedUntil)
 		v := peerValue(s.Peer, s.to, s.path.state == up, relayed)
+		if s.local.Is4() && s.device != 0 && d.shortWay() {
+			v.Device, v.Local = uint32(s.device), wireWords(s.local)[0]
+		}
 		v.Used = s.used
 		want[s.ID] = v
 		if s.Addr.IsValid() && s.Via.IsZero() {
@@ -69,7 +72,7 @@ func (d *Datapath) applyPeers(now time.Time) error {
 			continue // adopted
 		}
 		same := v
-		same.Used = 0
+		same.Used, same.Whole = 0, [2]uint64{}
 		if same == d.kernel.peers[id] {
 			continue
 		}

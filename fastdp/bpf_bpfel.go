@@ -20,6 +20,8 @@ type bpfConfig struct {
 	Vxlan         uint32
 	Tap           uint32
 	Bridge        uint32
+	Join          uint32
+	Port          uint32
 	Pad           uint32
 	GroupInterval uint64
 	GroupBurst    uint64
@@ -54,12 +56,15 @@ type bpfOffenceKey struct {
 }
 
 type bpfPeer struct {
-	_     structs.HostLayout
-	Flags uint32
-	Pad   uint32
-	To    [4]uint32
-	From  [4]uint32
-	Used  uint64
+	_      structs.HostLayout
+	Flags  uint32
+	Device uint32
+	Local  uint32
+	Pad    uint32
+	To     [4]uint32
+	From   [4]uint32
+	Used   uint64
+	Whole  [2]uint64
 }
 
 type bpfPort struct {
@@ -138,8 +143,10 @@ const (
 	bpfMapPorts      = "ports"
 	bpfMapUnderlays  = "underlays"
 	bpfProgBridgeOut = "bridge_out"
+	bpfProgJoinedIn  = "joined_in"
 	bpfProgPortIn    = "port_in"
 	bpfProgPortOut   = "port_out"
+	bpfProgUnderIn   = "under_in"
 	bpfProgVxIn      = "vx_in"
 )
 
@@ -186,8 +193,10 @@ type bpfSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type bpfProgramSpecs struct {
 	BridgeOut *ebpf.ProgramSpec `ebpf:"bridge_out"`
+	JoinedIn  *ebpf.ProgramSpec `ebpf:"joined_in"`
 	PortIn    *ebpf.ProgramSpec `ebpf:"port_in"`
 	PortOut   *ebpf.ProgramSpec `ebpf:"port_out"`
+	UnderIn   *ebpf.ProgramSpec `ebpf:"under_in"`
 	VxIn      *ebpf.ProgramSpec `ebpf:"vx_in"`
 }
 
@@ -265,16 +274,20 @@ type bpfVariables struct {
 // It can be passed to loadBpfObjects or ebpf.CollectionSpec.LoadAndAssign.
 type bpfPrograms struct {
 	BridgeOut *ebpf.Program `ebpf:"bridge_out"`
+	JoinedIn  *ebpf.Program `ebpf:"joined_in"`
 	PortIn    *ebpf.Program `ebpf:"port_in"`
 	PortOut   *ebpf.Program `ebpf:"port_out"`
+	UnderIn   *ebpf.Program `ebpf:"under_in"`
 	VxIn      *ebpf.Program `ebpf:"vx_in"`
 }
 
 func (p *bpfPrograms) Close() error {
 	return _BpfClose(
 		p.BridgeOut,
+		p.JoinedIn,
 		p.PortIn,
 		p.PortOut,
+		p.UnderIn,
 		p.VxIn,
 	)
 }

@@ -53,6 +53,7 @@ type Datapath struct {
 	whole     map[int]bool // ports that AttachPort has finished
 	nets      networks
 	prober    *prober
+	joined    int // index of the device that joined_in runs on
 	stampsAt  time.Time
 	kernel    mirror
 }
@@ -75,6 +76,10 @@ type peerState struct {
 	refused      string    // why there is no path at all
 	relayedUntil time.Time // its frames may come from other peers' addresses
 	used         uint64    // the kernel's stamp, ns of CLOCK_MONOTONIC
+	device       int       // by which its datagrams come in; 0: not known
+	local        netip.Addr
+	routedFor    netip.Addr // and for which address of the peer that was found out,
+	routedAt     time.Time  // when
 }
 
 // Open loads the programs and attaches those of the bridge, the TAP and the vxlan device. What an earlier
@@ -122,7 +127,7 @@ func (d *Datapath) open() (err error) {
 	}
 	d.adoptPorts()
 	if d.cfg.GuardOnly {
-		if err := removeVXLAN(d.cfg.VXLAN); err != nil {
+		if err := errors.Join(removeVXLAN(d.cfg.VXLAN), removeJoin(d.cfg.VXLAN)); err != nil {
 			return err
 		}
 	}
@@ -189,7 +194,7 @@ func (d *Datapath) removeLocked() error {
 	if c.Vxlan != 0 {
 		more = append(more, hook{bpfProgVxIn, int(c.Vxlan)})
 	}
-	return errors.Join(d.hooks.removeAll(more), removeVXLAN(d.cfg.VXLAN), removePins(d.cfg.PinDir))
+	return errors.Join(d.hooks.removeAll(more), removeVXLAN(d.cfg.VXLAN), removeJoin(d.cfg.VXLAN), removePins(d.cfg.PinDir))
 }
 
 func removePins(dir string) error {
@@ -208,7 +213,7 @@ func removePins(dir string) error {
 func Remove(cfg Config) error {
 	cfg = cfg.withDefaults()
 	if _, err := os.Stat(cfg.PinDir); errors.Is(err, fs.ErrNotExist) {
-		return removeVXLAN(cfg.VXLAN)
+		return errors.Join(removeVXLAN(cfg.VXLAN), removeJoin(cfg.VXLAN))
 	}
 	lock, err := preparePinDir(cfg.PinDir)
 	if err != nil {
@@ -231,5 +236,5 @@ func Remove(cfg Config) error {
 			more = append(more, hook{bpfProgBridgeOut, index})
 		}
 	}
-	return errors.Join(h.removeAll(more), removeVXLAN(cfg.VXLAN), removePins(cfg.PinDir))
+	return errors.Join(h.removeAll(more), removeVXLAN(cfg.VXLAN), removeJoin(cfg.VXLAN), removePins(cfg.PinDir))
 }

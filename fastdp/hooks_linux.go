@@ -21,7 +21,7 @@ type hook struct {
 	ifindex int
 }
 
-func (h hook) ingress() bool { return h.program == bpfProgPortIn || h.program == bpfProgVxIn }
+func (h hook) ingress() bool { return h.program != bpfProgPortOut && h.program != bpfProgBridgeOut }
 
 // attachType: tcx runs before clsact, and its links are pinned.
 func (h hook) attachType() ebpf.AttachType {

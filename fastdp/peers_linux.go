@@ -91,7 +91,8 @@ func (d *Datapath) setPeers(peers []Peer, now time.Time) error {
 		}
 	}
 	d.peers, d.byID = next, byID
-	err := d.applyPeers(now)
+	d.lookAtRoutes(now)
+	err := errors.Join(d.hookUnderlay(), d.applyPeers(now))
 	if idsMoved {
 		err = errors.Join(err, d.applyEndpoints(now))
 	}
@@ -145,6 +146,9 @@ func (d *Datapath) adoptPath(s *peerState, now time.Time) {
 	s.Addr, s.Via = underlayAddr(k.From, k.Flags&peerFromV6 != 0), mesh.PeerName{}
 	if k.Flags&peerRelayed != 0 {
 		s.relayedUntil = now.Add(relayedFor)
+	}
+	if k.Device != 0 {
+		s.device, s.local = int(k.Device), wordsAddr([4]uint32{k.Local}, false)
 	}
 	s.path = newPath(now, d.cfg.MTU)
 	s.path.adopt(now)

@@ -67,7 +67,9 @@ type skbContext struct {
 	_              [9]uint32
 	IngressIfindex uint32
 	Ifindex        uint32
-	_              [37]uint32
+	_              [33]uint32
+	GSOSize        uint32
+	_              [3]uint32
 }
 
 // run reports what the program said and which counters moved.

@@ -56,6 +56,7 @@ func (d *Datapath) reconcileLocked() error {
 			errs = append(errs, err)
 		}
 	}
+	errs = append(errs, d.reconcileShortWay(time.Now()))
 	// Filters cost a listing each to look at, links next to nothing. The bridge carries frames meanwhile.
 	d.rounds++
 	if d.hooks.clsact && d.rounds%filterRounds != 1 {
@@ -81,6 +82,10 @@ func (d *Datapath) wanted(h hook) bool {
 	switch h.program {
 	case bpfProgVxIn:
 		return h.ifindex == int(c.Vxlan)
+	case bpfProgUnderIn:
+		return !d.settled || d.underlayDevices()[h.ifindex]
+	case bpfProgJoinedIn:
+		return h.ifindex == d.joined && d.shortWay()
 	case bpfProgBridgeOut:
 		return h.ifindex == int(c.Bridge) || h.ifindex == int(c.Tap)
 	}

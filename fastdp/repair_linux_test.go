@@ -96,7 +96,8 @@ func (l *lab) tree(h *labHost) string {
 		out.WriteString(l.run(append([]string{"nsenter", "--net=/run/netns/" + h.ns}, args...)...))
 	}
 	in("ip", "-br", "link", "show", "type", "vxlan")
-	devices := []string{"mesh", "mesh-tap"}
+	in("sh", "-c", "ip -br link show type veth | grep -o '^mesh-vx[^ ]* *[A-Z]*'; true")
+	devices := []string{"mesh", "mesh-tap", "eth0"}
 	for _, c := range h.cts {
 		devices = append(devices, c.veth)
 	}
@@ -114,7 +115,7 @@ func (l *lab) tree(h *labHost) string {
 func shape(tree string) string {
 	var lines []string
 	for _, line := range strings.Split(tree, "\n") {
-		for _, k := range []string{"/links/vx_in-", "/links/bridge_out-"} {
+		for _, k := range []string{"/links/vx_in-", "/links/bridge_out-", "/links/joined_in-"} {
 			if strings.HasPrefix(line, k) {
 				line = k
 			}

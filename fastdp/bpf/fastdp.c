@@ -11,6 +11,7 @@
 //	             |                  v bridge_out v userspace path |
 //	             +---- redirect ----> mesh-vx (vxlan) ------------+
 //	                                  ^ vx_in: from the underlay
+//	                                  ^ under_in: before the host's IP stack
 //
 // port_in     what a container sends. Guard, then: known destination here: straight into its veth;
 //             known destination on a peer whose kernel path is up: tunnel key, out of mesh-vx; known
@@ -19,6 +20,10 @@
 // bridge_out  what leaves the bridge device (the host's own frames) and the TAP (frames of interfaces
 //             that are not ours): known destinations on peers whose path is up go into mesh-vx.
 // vx_in       what arrives in the tunnel. Checked, then delivered, relayed, or answered if a probe.
+// under_in    what arrives on the underlay. Single packets to containers here are unpacked and delivered at once;
+//             TCP segments by way of mesh-vx0 and mesh-vx1, a veth pair in which the kernel joins them to superframes.
+//             All else, and whatever is not quite right, is left to the host's IP stack and vx_in.
+// joined_in   what comes out of that pair.
 //
 // VNI = source short id << 12 | destination short id. Frames that were delivered from the tunnel never
 // enter it again, relays excepted, and those count down the outer TTL: nothing loops.
@@ -36,6 +41,7 @@
 #define TTL_RELAY 64
 #define TTL_LEAST 128
 
+#define WHOLE_FOR 10000000000LL // ns
 #define STAMP_EVERY 100000000ULL // ns; a stamp dirties a cache line that all CPUs read
 
 inline_ struct counter *count(struct __sk_buff *skb, enum reason reason)
@@ -334,6 +340,18 @@ inline_ int probed(struct __sk_buff *skb, const struct config *cfg, const struct
 	return into_tunnel(skb, from, skb->ifindex, cfg->self << 12 | id, TTL_START, PROBED);
 }
 
+// A frame from the tunnel whose sender is known to be who it says.
+inline_ int to_endpoint(struct __sk_buff *skb, const struct config *cfg, const struct eth *eth, const struct endpoint *from)
+{
+	struct endpoint *to = find_endpoint(read_mac(eth->dst));
+
+	if (unlikely(!from || !to || !(to->flags & ENDPOINT_LOCAL)))
+		return drop(skb, DROP_VX_UNKNOWN);
+	if (unlikely(!share_network(from->nets, to->nets)))
+		return drop(skb, DROP_VX_ISOLATED);
+	return deliver(skb, to, cfg, FROM_TUNNEL);
+}
+
 SEC("tc/vx_in")
 int vx_in(struct __sk_buff *skb)
 {
@@ -363,18 +381,89 @@ int vx_in(struct __sk_buff *skb)
 		return drop(skb, DROP_VX_MALFORMED);
 	if (is_probe(eth))
 		return probed(skb, cfg, peer, id, eth);
-	__u64 dst = read_mac(eth->dst);
 	struct endpoint *from = find_endpoint(read_mac(eth->src));
 	if (unlikely(!from || from->peer != id))
 		return drop(skb, DROP_VX_MAC);
-	if (unlikely(dst & 1))
+	if (unlikely(is_group(eth->dst)))
 		return drop(skb, DROP_VX_GROUP);
-	struct endpoint *to = find_endpoint(dst);
-	if (unlikely(!to || !(to->flags & ENDPOINT_LOCAL)))
-		return drop(skb, DROP_VX_UNKNOWN);
-	if (unlikely(!share_network(from->nets, to->nets)))
-		return drop(skb, DROP_VX_ISOLATED);
+	return to_endpoint(skb, cfg, eth, from);
+}
+
+// Whether superframes came from this peer lately: its network card or ours joins segments, or nothing cuts them.
+// They go the long way, and what belongs to the same flows must not overtake them.
+inline_ int sends_whole(const __u64 *whole)
+{
+	return *whole && (long long)(bpf_ktime_get_coarse_ns() - *whole) < WHOLE_FOR;
+}
+
+SEC("tc/under_in")
+int under_in(struct __sk_buff *skb)
+{
+	struct tunnelled *t = (void *)(__u64)skb->data;
+	struct eth inner;
+
+	if ((void *)(t + 1) > frame_end(skb) || t->eth.type != ETH_IP4 || t->ip.version_len != 0x45 || t->ip.protocol != PROTO_UDP)
+		return TC_PASS;
+	struct config *cfg = configuration();
+	if (!cfg || t->udp.dport != cfg->port)
+		return TC_PASS;
+	if (t->ip.fragment & be16(0x3fff) || (t->ip.tos & 3) == 3 || t->udp.checksum || t->vxlan.flags != VXLAN_FLAGS ||
+	    skb->vlan_present || skb->pkt_type != PACKET_HOST)
+		return TC_PASS;
+	__u32 vni = be32(t->vxlan.vni), id = vni >> 20;
+	if ((vni & 0xff) || (vni >> 8 & 0xfff) != cfg->self)
+		return TC_PASS;
+	struct peer *peer = find_peer(id);
+	if (!peer || (peer->flags & (PEER_KNOWN | PEER_UP | PEER_FROM_V6)) != (PEER_KNOWN | PEER_UP) ||
+	    peer->device != skb->ifindex || peer->from[0] != be32(t->ip.src) || peer->local != t->ip.dst)
+		return TC_PASS;
+	if (t->inner.type != ETH_IP4 || is_group(t->inner.dst))
+		return TC_PASS;
+	int other = t->inner_ip.protocol != PROTO_TCP;
+	if (skb->gso_size) {
+		stamp(&peer->whole[other], bpf_ktime_get_coarse_ns());
+		return TC_PASS;
+	}
+	__u32 len = be16(t->ip.len);
+	if (skb->len != sizeof(struct eth) + len || be16(t->udp.len) != len - sizeof(struct ip4))
+		return TC_PASS;
+	struct endpoint *from = find_endpoint(read_mac(t->inner.src));
+	if (!from || from->peer != id)
+		return TC_PASS;
+	struct endpoint *to = 0;
+	if (other) {
+		to = find_endpoint(read_mac(t->inner.dst));
+		if (!to || (to->flags & (ENDPOINT_LOCAL | ENDPOINT_VETH)) != (ENDPOINT_LOCAL | ENDPOINT_VETH) ||
+		    !share_network(from->nets, to->nets))
+			return TC_PASS;
+	} else if (!cfg->join) {
+		return TC_PASS; // joined_in looks at the destination
+	}
+	if (sends_whole(&peer->whole[other]))
+		return TC_PASS;
+	inner = t->inner;
+	// It takes what lies behind the outer Ethernet header, which then is where the inner one was.
+	if (bpf_skb_adjust_room(skb, -(int)TUNNEL_HEADERS, ROOM_MAC, 0))
+		return TC_PASS;
+	if (bpf_skb_store_bytes(skb, 0, &inner, sizeof(inner), 0))
+		return drop(skb, DROP_VX_MALFORMED);
+	if (!to) {
+		skb->queue_mapping = bpf_get_smp_processor_id() + 1; // queues there are chosen as received on
+		return bpf_redirect(cfg->join, 0);
+	}
 	return deliver(skb, to, cfg, FROM_TUNNEL);
+}
+
+// Nobody else puts frames in there, but for what the kernel says of itself on any device.
+SEC("tc/joined_in")
+int joined_in(struct __sk_buff *skb)
+{
+	struct config *cfg = configuration();
+	struct eth *eth = frame_start(skb);
+
+	if (!cfg || (void *)(eth + 1) > frame_end(skb) || is_group(eth->dst))
+		return TC_DROP;
+	return to_endpoint(skb, cfg, eth, find_endpoint(read_mac(eth->src)));
 }
 
 char terms[] SEC("license") = "GPL"; // what the kernel is told; it knows no word for the other choice

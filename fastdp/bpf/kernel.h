@@ -52,6 +52,11 @@ struct __sk_buff {
 	__u32 tc_classid;
 	__u32 data;     // first byte of the frame that may be read
 	__u32 data_end; // and the byte after the last one
+	__u32 napi_id, family, remote_ip4, local_ip4, remote_ip6[4], local_ip6[4], remote_port, local_port, data_meta;
+	__u64 flow_keys, tstamp;
+	__u32 wire_len, gso_segs;
+	__u64 sk;
+	__u32 gso_size; // of a superframe: bytes of payload in each packet of it; else 0. Since 5.7
 };
 
 // Outer addresses and ids of a tunnelled frame. IPv4 addresses are in host byte order, IPv6 ones as on
@@ -78,11 +83,13 @@ enum {
 	TUNNEL_DONT_FRAGMENT = 1 << 2, // set: DF on the outer IPv4 packet
 	REDIRECT_INGRESS = 1 << 0,     // bpf_redirect: as if the device had received the frame
 	PACKET_HOST = 0,               // packet type: for this host
+	ROOM_MAC = 1,                  // bpf_skb_adjust_room: right behind the Ethernet header
 };
 
 static void *(*const bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
 static long (*const bpf_map_update_elem)(void *map, const void *key, const void *value, __u64 flags) = (void *)2;
 static __u64 (*const bpf_ktime_get_ns)(void) = (void *)5;
+static __u32 (*const bpf_get_smp_processor_id)(void) = (void *)8;
 static long (*const bpf_skb_store_bytes)(struct __sk_buff *skb, __u32 offset, const void *from, __u32 len, __u64 flags) = (void *)9;
 static long (*const bpf_skb_get_tunnel_key)(struct __sk_buff *skb, struct bpf_tunnel_key *key, __u32 size, __u64 flags) = (void *)20;
 static long (*const bpf_skb_set_tunnel_key)(struct __sk_buff *skb, struct bpf_tunnel_key *key, __u32 size, __u64 flags) = (void *)21;
@@ -90,6 +97,7 @@ static long (*const bpf_redirect)(__u32 ifindex, __u64 flags) = (void *)23;
 static long (*const bpf_skb_load_bytes)(const struct __sk_buff *skb, __u32 offset, void *to, __u32 len) = (void *)26;
 static long (*const bpf_skb_change_type)(struct __sk_buff *skb, __u32 type) = (void *)32;
 static long (*const bpf_skb_pull_data)(struct __sk_buff *skb, __u32 len) = (void *)39;
+static long (*const bpf_skb_adjust_room)(struct __sk_buff *skb, int bytes, __u32 mode, __u64 flags) = (void *)50;
 static long (*const bpf_redirect_peer)(__u32 ifindex, __u64 flags) = (void *)155;  // since 5.10
 static __u64 (*const bpf_ktime_get_coarse_ns)(void) = (void *)160;                 // since 5.11
 

@@ -17,7 +17,9 @@ struct config {
 	__u32 flags;          // CONFIG_*
 	__u32 vxlan;          // interface indexes: mesh-vx,
 	__u32 tap;            // mesh-tap, 0 if there is none,
-	__u32 bridge;         // mesh
+	__u32 bridge;         // mesh,
+	__u32 join;           // mesh-vx0, 0 if there is none
+	__u32 port;           // UDP port of the tunnel, network byte order
 	__u32 pad;
 	__u64 group_interval; // ns per group frame that a port may send for ever
 	__u64 group_burst;    // ns by which it may run ahead of that
@@ -30,10 +32,13 @@ enum {
 // A peer, by its short id.
 struct peer {
 	__u32 flags;   // PEER_*
+	__u32 device;  // interface index: where its datagrams come in; 0: not known, or not to be looked at there
+	__u32 local;   // and the address of this host to which they come, IPv4, network byte order
 	__u32 pad;
 	__u32 to[4];   // underlay address to send to: the peer's own, or that of the relay. IPv4: host byte order, in to[0]
 	__u32 from[4]; // underlay address that its own datagrams bear
 	__u64 used;    // when a frame was last sent to it, ns, at most STAMP_EVERY late
+	__u64 whole[2]; // when a superframe last came from it, of TCP and of others: as used
 };
 
 enum {

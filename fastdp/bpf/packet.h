@@ -48,9 +48,26 @@ struct udp {
 	__u16 sport, dport, len, checksum;
 } __attribute__((packed));
 
+struct vxlan { // RFC 7348
+	__u32 flags, vni; // the VNI in the upper three bytes
+} __attribute__((packed));
+#define VXLAN_FLAGS be32(0x08000000) // a VNI, and nothing else
+
+// A datagram of the tunnel from its Ethernet header on, with the frame in it.
+struct tunnelled {
+	struct eth eth;
+	struct ip4 ip;
+	struct udp udp;
+	struct vxlan vxlan;
+	struct eth inner;
+	struct ip4 inner_ip;
+} __attribute__((packed));
+#define TUNNEL_HEADERS (sizeof(struct ip4) + sizeof(struct udp) + sizeof(struct vxlan) + sizeof(struct eth))
+
 enum {
 	PROTO_HOPOPTS = 0,
 	PROTO_ICMP = 1,
+	PROTO_TCP = 6,
 	PROTO_UDP = 17,
 	PROTO_ROUTING = 43,
 	PROTO_FRAGMENT = 44,
