@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -245,6 +246,39 @@ func TestProxyStreams(t *testing.T) {
 		w.proxyDocker(h, "start", "box")
 		w.waitAttached(h, "box", w.adopted(h, "box").addr)
 	})
+	// A daemon that does not answer for a while keeps nobody waiting but those who want something of it.
+	t.Run("DockerdSleeps", func(t *testing.T) {
+		w := w.in(t)
+		pids := h.PIDs("dockerd")
+		if len(pids) != 1 {
+			t.Fatalf("dockerds: %v", pids)
+		}
+		w.proxyDocker(h, "create", "--name", "late", lab.Image, "sleep", "1000")
+		w.try(h.Kill(w.ctx, pids[0], syscall.SIGSTOP))
+		p, err := h.Start(w.ctx, func(c *exec.Cmd) { c.Env = append(c.Env, "DOCKER_HOST="+proxySocket) }, "docker", "start", "late")
+		w.try(err)
+		impatient, cancel := context.WithTimeout(w.ctx, time.Second)
+		q, err := h.Start(impatient, func(c *exec.Cmd) { c.Env = append(c.Env, "DOCKER_HOST="+proxySocket) }, "docker", "run", "--rm", lab.Image, "true")
+		w.try(err)
+		w.netns(h, "apart", "10.2.1.1/24")
+		for end := time.Now().Add(scaled(5*time.Second, 30*time.Second)); time.Now().Before(end); {
+			start := time.Now()
+			for _, args := range [][]string{{"status"}, {"ps"}, {"dns-lookup", "box"}} {
+				_, err := h.Must(w.ctx, args...)
+				w.try(err)
+			}
+			if d := time.Since(start); d > time.Second {
+				t.Errorf("three questions to meshd took %v while dockerd sleeps", d)
+			}
+			w.rest(500 * time.Millisecond)
+		}
+		cancel()
+		_ = q.Wait(w.ctx) // it was killed, or said that it was refused
+		w.try(h.Kill(w.ctx, pids[0], syscall.SIGCONT))
+		w.try(p.Wait(w.ctx))
+		w.waitAttached(h, "late", netip.Addr{})
+		w.proxyDocker(h, "rm", "-f", "late")
+	})
 	w.dockerAt(h, dockerSocket, "", "rm", "-f", "box")
 	_, err := h.Must(w.ctx, "reset", "--force")
 	w.try(err)
@@ -357,9 +391,26 @@ func TestProxyVersions(t *testing.T) {
 		if code, body := w.api(h, proxySocket, "POST", v+"/containers/one/start", ""); code != http.StatusNotModified {
 			t.Errorf("%s: second start: %d %s", v, code, body)
 		}
-		if code, body := w.api(h, proxySocket, "POST", v+"/containers/one/start", `{"Privileged":true}`); code != http.StatusBadRequest {
-			t.Errorf("%s: start with settings: %d %s", v, code, body)
+		// Settings at start were for clients before 1.24, and replace those of create.
+		if code, body := w.api(h, proxySocket, "POST", v+"/containers/create?name=two", `{"Image":"lab","Cmd":["sleep","1000"]}`); code != http.StatusCreated {
+			t.Errorf("%s: create: %d %s", v, code, body)
 		}
+		code, body = w.api(h, proxySocket, "POST", v+"/containers/two/start", `{"Binds":["/etc:/mnt:ro"]}`)
+		if v != "/v1.12" {
+			if code != http.StatusBadRequest {
+				t.Errorf("%s: start with settings: %d %s", v, code, body)
+			}
+		} else {
+			if code != http.StatusNoContent {
+				t.Errorf("%s: start with settings: %d %s", v, code, body)
+			}
+			w.waitAttached(h, "two", netip.Addr{})
+			r := w.dockerAt(h, proxySocket, "", "exec", "two", "sh", "-c", "ls /mnt/hostname && nslookup one.mesh.internal")
+			if r.Exit != 0 {
+				t.Errorf("%s: started with settings: %s", v, r)
+			}
+		}
+		w.api(h, proxySocket, "DELETE", v+"/containers/two?force=1", "")
 		if code, body := w.api(h, proxySocket, "DELETE", v+"/containers/one?force=1", ""); code != http.StatusNoContent {
 			t.Errorf("%s: remove: %d %s", v, code, body)
 		}

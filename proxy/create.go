@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"meshd/mesh"
 	"meshd/proxy/wait"
@@ -35,11 +36,15 @@ func (p *Proxy) create(w http.ResponseWriter, r *http.Request, version string) {
 			return
 		}
 	}
+	replaceBody(r, body)
+	p.backend.forward(w, r)
+}
+
+func replaceBody(r *http.Request, body []byte) {
 	r.Body = io.NopCloser(bytes.NewReader(body))
 	r.ContentLength = int64(len(body))
 	r.TransferEncoding = nil
 	r.Header.Del("Content-Length")
-	p.backend.forward(w, r)
 }
 
 // rewriteCreate returns the body of a create request as it is to be, for a container called name.
@@ -82,7 +87,7 @@ func (p *Proxy) rewriteCreate(ctx context.Context, body []byte, version, name st
 	steps := []func() error{
 		func() error { return req.set("Labels", labels) },
 		func() error { return p.setEntrypoint(req, host, found) },
-		func() error { return p.setNames(req, host, labels, name) },
+		func() error { return p.setNames(ctx, req, host, labels, version, name) },
 		func() error { return req.set("HostConfig", host) },
 	}
 	for _, step := range steps {
@@ -276,31 +281,39 @@ func (p *Proxy) setEntrypoint(req, host *object, img *image) error {
 	if err := errors.Join(req.set("Entrypoint", entry), req.set("Cmd", cmd)); err != nil {
 		return err
 	}
+	return p.addWaiter(host)
+}
+
+// addWaiter mounts the waiter.
+func (p *Proxy) addWaiter(host *object) error {
 	var binds []string
 	if _, err := host.get("Binds", &binds); err != nil {
 		return err
 	}
-	bind := p.cfg.WaitDir + ":" + wait.Mount + ":ro"
-	if slices.Contains(binds, bind) { // another proxy of ours was there before
+	if slices.Contains(binds, p.waiterBind()) { // another proxy of ours was there before
 		return nil
 	}
-	return host.set("Binds", append(binds, bind))
+	return host.set("Binds", append(binds, p.waiterBind()))
 }
+
+func (p *Proxy) waiterBind() string { return p.cfg.WaitDir + ":" + wait.Mount + ":ro" }
 
 // hostnamePattern is what becomes a host name: RFC 1123 2.1, and the underscore that people use.
 var hostnamePattern = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9._-]*[a-zA-Z0-9])?$`)
 
 // setNames gives the container a host name in the domain, unless the user chose one, and our name server.
-func (p *Proxy) setNames(req, host *object, labels map[string]string, name string) error {
-	server := p.nameServer()
-	if !server.IsValid() {
+func (p *Proxy) setNames(ctx context.Context, req, host *object, labels map[string]string, version, name string) error {
+	if !p.nameServer().IsValid() {
 		return nil
 	}
-	var hostname, uts string
+	var hostname, uts, users string
 	if _, err := req.get("Hostname", &hostname); err != nil {
 		return err
 	}
 	if _, err := host.get("UTSMode", &uts); err != nil {
+		return err
+	}
+	if _, err := host.get("UsernsMode", &users); err != nil {
 		return err
 	}
 	domain := strings.TrimSuffix(p.cfg.DNSDomain, ".")
@@ -309,11 +322,24 @@ func (p *Proxy) setNames(req, host *object, labels map[string]string, name strin
 			name = v
 		}
 		name = p.cfg.HostnameMatch.ReplaceAllString(strings.TrimPrefix(name, "/"), p.cfg.HostnameReplacement)
+		if users != "host" && p.remaps(ctx, version) {
+			// There Docker cannot set a domain name (runc: kernel.domainname: permission denied).
+			name, domain = name+"."+domain, ""
+		}
 		if len(name) <= maxHostname && hostnamePattern.MatchString(name) {
 			if err := errors.Join(req.set("Hostname", name), req.set("Domainname", domain)); err != nil {
 				return err
 			}
 		}
+	}
+	return p.setServers(host)
+}
+
+// setServers adds our name server and, unless the user gave a list, our domain to search in.
+func (p *Proxy) setServers(host *object) error {
+	server := p.nameServer()
+	if !server.IsValid() {
+		return nil
 	}
 	var servers []string
 	if _, err := host.get("Dns", &servers); err != nil {
@@ -329,7 +355,31 @@ func (p *Proxy) setNames(req, host *object, labels map[string]string, name strin
 	if _, err := host.get("DnsSearch", &search); err != nil || len(search) > 0 {
 		return err
 	}
-	return host.set("DnsSearch", []string{domain})
+	return host.set("DnsSearch", []string{strings.TrimSuffix(p.cfg.DNSDomain, ".")})
+}
+
+// remapsFor is how long the daemon's word on user namespaces counts; it changes with a restart only.
+const remapsFor = 10 * time.Second
+
+// remaps reports whether the daemon gives containers a user namespace of their own.
+func (p *Proxy) remaps(ctx context.Context, version string) bool {
+	p.remap.Lock()
+	defer p.remap.Unlock()
+	if time.Since(p.remapAsked) < remapsFor {
+		return p.remapped
+	}
+	r, err := p.backend.call(ctx, http.MethodGet, version+"/info")
+	if err != nil || r.code != http.StatusOK {
+		return false // the create will not do better
+	}
+	var info struct{ SecurityOptions []string }
+	_ = json.Unmarshal(r.body, &info) // an old daemon has something else there, and no such namespaces
+	p.remapAsked = time.Now()
+	p.remapped = slices.ContainsFunc(info.SecurityOptions, func(o string) bool {
+		o = strings.TrimPrefix(o, "name=") // since API version 1.25
+		return o == "userns" || o == "rootless"
+	})
+	return p.remapped
 }
 
 // stringMap decodes a member that is an object of strings; an absent one is empty.

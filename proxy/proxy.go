@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"regexp"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -29,6 +30,10 @@ type Proxy struct {
 	containers Containers
 	log        *slog.Logger
 	listeners  []net.Listener // in the order of Config.Listen
+
+	remap      sync.Mutex // guards what follows; held while the daemon is asked
+	remapped   bool
+	remapAsked time.Time
 }
 
 // Listen builds the proxy and listens. It does not need the daemon to be there: requests are refused until

@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -34,6 +35,9 @@ func TestMain(m *testing.M) {
 type daemon struct {
 	mu      sync.Mutex
 	created []byte
+	started []byte // body of the last start
+	remaps  bool
+	waiter  string // what "ours" has mounted
 	calls   []string
 	handler http.HandlerFunc // for what is not listed in ServeHTTP
 	dies    bool             // in place of an answer to anything but an inspect
@@ -49,6 +53,9 @@ func (d *daemon) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	d.calls = append(d.calls, r.Method+" "+r.URL.Path)
 	if strings.HasSuffix(r.URL.Path, "/containers/create") {
 		d.created = body
+	}
+	if strings.HasSuffix(r.URL.Path, "/start") {
+		d.started = body
 	}
 	d.mu.Unlock()
 	path := strings.TrimPrefix(r.URL.Path, "/v1.41")
@@ -71,8 +78,10 @@ func (d *daemon) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		io.WriteString(w, `{"Config":{"Env":null}}`)
 	case strings.HasPrefix(path, "/images/") && strings.HasSuffix(path, "/json"):
 		io.WriteString(w, `{"Config":{"Entrypoint":null,"Cmd":["sh","-c","x"]}}`)
+	case path == "/info" && d.remaps:
+		io.WriteString(w, `{"SecurityOptions":["name=seccomp,profile=default","name=userns"]}`)
 	case path == "/containers/ours/json":
-		io.WriteString(w, `{"Id":"c0ffee","Config":{"Labels":{"`+LabelAddrs+`":"net:10.2.0.0/16"}},"HostConfig":{"NetworkMode":"default","ExtraHosts":["db:1.2.3.4"]},"NetworkSettings":{"IPAddress":"172.17.0.2","Ports":{}}}`)
+		io.WriteString(w, `{"Id":"c0ffee","Config":{"Labels":{"`+LabelAddrs+`":"net:10.2.0.0/16"}},"HostConfig":{"NetworkMode":"default","ExtraHosts":["db:1.2.3.4"],"Binds":["`+d.waiter+`"]},"NetworkSettings":{"IPAddress":"172.17.0.2","Ports":{}}}`)
 	case path == "/containers/plain/json":
 		io.WriteString(w, `{"Id":"badcafe","Config":{"Labels":{}}}`)
 	case strings.HasSuffix(path, "/start"), strings.HasSuffix(path, "/restart"), strings.HasSuffix(path, "/kill"):
@@ -129,6 +138,7 @@ func start(t *testing.T, change func(*Config)) *bench {
 	server := &http.Server{Handler: b.daemon}
 	go server.Serve(l)
 	t.Cleanup(func() { server.Close() })
+	b.daemon.waiter = b.wait + ":" + wait.Mount + ":ro"
 	cfg := Config{
 		Listen: []string{"unix://" + b.socket}, Docker: "unix://" + docker,
 		WaitDir: b.wait, Ifname: "ethmesh",
@@ -311,8 +321,51 @@ func TestStart(t *testing.T) {
 	if code, answer := b.post(t, "/containers/ours/start", ""); code != http.StatusNoContent {
 		t.Errorf("ended while it was attached: got %d %s", code, answer)
 	}
-	if code, _ := b.post(t, "/containers/ours/start", `{"Binds":[]}`); code != http.StatusBadRequest {
-		t.Errorf("settings at start: got %d", code)
+}
+
+// Where root is somebody else Docker cannot set a domain name, so that it goes into the host name.
+func TestCreateRemapped(t *testing.T) {
+	b := start(t, nil)
+	b.daemon.remaps = true
+	for body, want := range map[string][2]string{
+		`{"Image":"sh"}`: {"web.mesh.internal", ""},
+		`{"Image":"sh","HostConfig":{"UsernsMode":"host"}}`: {"web", "mesh.internal"},
+		`{"Image":"sh","Hostname":"own"}`:                   {"own", ""},
+	} {
+		if code, answer := b.post(t, "/v1.41/containers/create?name=web", body); code != http.StatusCreated {
+			t.Fatalf("%s: %d %s", body, code, answer)
+		}
+		var got created
+		if err := json.Unmarshal(b.daemon.created, &got); err != nil {
+			t.Fatal(err)
+		}
+		if got.Hostname != want[0] || got.Domainname != want[1] {
+			t.Errorf("%s: got %q and %q, want %q", body, got.Hostname, got.Domainname, want)
+		}
+	}
+}
+
+// Settings that come with a start, as clients of old send them, get what those of create had got.
+func TestStartWithSettings(t *testing.T) {
+	b := start(t, nil)
+	code, answer := b.post(t, "/containers/ours/start", `{"Binds":["/a:/b"],"Privileged":true,"ExtraHosts":["far:192.0.2.1"],"Unknown":[1]}`)
+	if code != http.StatusNoContent {
+		t.Fatalf("got %d %s", code, answer)
+	}
+	want := `{"Binds":["/a:/b","` + b.daemon.waiter + `"],"Privileged":true,"ExtraHosts":["far:192.0.2.1"],"Unknown":[1],"Dns":["172.17.0.1"],"DnsSearch":["mesh.internal"]}`
+	if got := string(b.daemon.started); got != want {
+		t.Errorf("the daemon got %s, want %s", got, want)
+	}
+	if r := b.containers.requests; len(r) != 1 || !slices.Equal(r[0].AddHosts, []string{"far:192.0.2.1"}) {
+		t.Errorf("attached %v", r)
+	}
+	for _, bad := range []string{`{"NetworkMode":"host"}`, `{"NetworkMode":"container:x"}`, `{"Binds":[],"binds":["/:/x"]}`, `[{"Binds":[]}]`, `{"Binds":"x"}`, `{"Binds":[]} {}`} {
+		if code, answer := b.post(t, "/containers/ours/start", bad); code != http.StatusBadRequest {
+			t.Errorf("%s: got %d %s", bad, code, answer)
+		}
+	}
+	if len(b.containers.requests) != 1 {
+		t.Errorf("attached %v", b.containers.requests)
 	}
 }
 

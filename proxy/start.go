@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
+	"strings"
 
 	"meshd/mesh"
 )
@@ -30,8 +32,15 @@ func (p *Proxy) start(w http.ResponseWriter, r *http.Request, version, name stri
 		return
 	}
 	if bodyOfOldClients(r) {
-		refuse(w, http.StatusBadRequest, "meshd: a start request with settings of its own would undo those of create: use API version 1.24 or newer")
-		return
+		body, err := readBody(w, r)
+		if err == nil {
+			body, err = p.rewriteStart(body, &c)
+		}
+		if err != nil {
+			refuse(w, http.StatusBadRequest, "meshd: settings at start: %v", err)
+			return
+		}
+		replaceBody(r, body)
 	}
 	answer := &heldResponse{ResponseWriter: w}
 	p.backend.forward(answer, r)
@@ -81,6 +90,35 @@ func bodyOfOldClients(r *http.Request) bool {
 	return r.ContentLength > 7 || r.ContentLength < 0
 }
 
+// rewriteStart gives settings that replace those of create what create had given those, and notes them in c. Newer
+// versions of the API refuse such settings; that is left to the daemon.
+func (p *Proxy) rewriteStart(body []byte, c *container) ([]byte, error) {
+	host, err := parseObject(body)
+	if err != nil {
+		return nil, err
+	}
+	var mode string
+	if _, err := host.get("NetworkMode", &mode); err != nil {
+		return nil, err
+	}
+	if mode == "host" || strings.HasPrefix(mode, "container:") {
+		return nil, fmt.Errorf("with network mode %q the container has no network of its own, as it had at create", mode)
+	}
+	if slices.Contains(c.HostConfig.Binds, p.waiterBind()) {
+		if err := p.addWaiter(host); err != nil {
+			return nil, err
+		}
+	}
+	c.HostConfig.NetworkMode, c.HostConfig.ExtraHosts = networkMode(mode), nil
+	if _, err := host.get("ExtraHosts", &c.HostConfig.ExtraHosts); err != nil {
+		return nil, err
+	}
+	if err := p.setServers(host); err != nil {
+		return nil, err
+	}
+	return host.encode(), nil
+}
+
 // container is the part of an inspect answer that the proxy reads.
 type container struct {
 	ID     string `json:"Id"`
@@ -89,6 +127,7 @@ type container struct {
 	HostConfig struct {
 		NetworkMode networkMode
 		ExtraHosts  []string
+		Binds       []string
 	}
 }
 

@@ -37,7 +37,7 @@ func DockerRequirements() error {
 
 // StartDocker starts the host's dockerd and imports the image. Calling it after StopDocker starts a
 // dockerd that finds what the one before left.
-func (h *Host) StartDocker(ctx context.Context) error {
+func (h *Host) StartDocker(ctx context.Context, options ...string) error {
 	ctx, cancel := context.WithTimeout(ctx, 40*time.Second)
 	defer cancel()
 	driver := "overlay2"
@@ -45,8 +45,8 @@ func (h *Host) StartDocker(ctx context.Context) error {
 		driver = "vfs"
 	}
 	// The program has to outlive this call, so it does not get this call's context.
-	p, err := h.Start(context.WithoutCancel(ctx), logTo(h, "/var/log/dockerd.log"), "dockerd",
-		"--tls=false", "--storage-driver="+driver, "--exec-opt=native.cgroupdriver=cgroupfs", "--cgroup-parent=/"+h.cgroup)
+	args := []string{"dockerd", "--tls=false", "--storage-driver=" + driver, "--exec-opt=native.cgroupdriver=cgroupfs", "--cgroup-parent=/" + h.cgroup}
+	p, err := h.Start(context.WithoutCancel(ctx), logTo(h, "/var/log/dockerd.log"), append(args, options...)...)
 	if err != nil {
 		return err
 	}
