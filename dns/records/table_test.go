@@ -73,14 +73,11 @@ func keyOf(p mesh.PeerName) (key [32]byte) {
 	return key
 }
 
-func (k testKeys) Sign(msg []byte) [64]byte {
-	key := keyOf(mesh.PeerName(k))
-	return sha512.Sum512(append(key[:], msg...))
-}
+func signWith(key [32]byte, msg []byte) [64]byte { return sha512.Sum512(append(key[:], msg...)) }
 
-func (testKeys) Verify(key [32]byte, msg []byte, sig [64]byte) bool {
-	return sha512.Sum512(append(key[:], msg...)) == sig
-}
+func (k testKeys) Sign(msg []byte) [64]byte { return signWith(keyOf(mesh.PeerName(k)), msg) }
+
+func (testKeys) Verify(key [32]byte, msg []byte, sig [64]byte) bool { return signWith(key, msg) == sig }
 
 func (testKeys) Key(p mesh.PeerName) ([32]byte, bool) { return keyOf(p), true }
 
@@ -91,16 +88,16 @@ func sign(recs ...record) {
 	for _, rec := range recs {
 		s := rec.seal()
 		s.body = rec.appendRest(rec.appendKey(nil))
-		var by mesh.PeerName
+		var by [32]byte
 		switch rec := rec.(type) {
 		case *floor:
-			by = rec.peer
+			by = keyOf(rec.peer)
 		case *endpoint:
-			by = rec.peer
+			by = keyOf(rec.peer)
 		case *handmade:
-			by = mesh.PeerName(rec.key[1:7])
+			by = rec.key
 		}
-		s.sig = testKeys(by).Sign(signed(nil, rec))
+		s.sig = signWith(by, signed(nil, rec))
 	}
 }
 
