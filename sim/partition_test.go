@@ -25,8 +25,8 @@ type partition struct {
 	cut   time.Duration
 }
 
-// drawPartition draws small meshes more often than large ones, and the long cuts, which cost the most, seldom
-// and of small meshes: 24 h of a peer take some seconds.
+// drawPartition draws small meshes more often than large ones, since the cost grows with more than the square, and
+// the longest cut seldom and of small meshes: 24 h of a peer cost some seconds.
 func drawPartition(seed uint64) partition {
 	rng := rand.New(rand.NewPCG(seed, 3))
 	p := partition{seed: seed}
@@ -36,12 +36,13 @@ func drawPartition(seed uint64) partition {
 		p.cut = 5 * time.Second
 	case x < 75:
 		p.cut = 45 * time.Second
-	case x < 97:
-		p.cut, most = 10*time.Minute, 64
+	case x < 98:
+		p.cut = 10 * time.Minute
 	default:
 		p.cut, most = 24*time.Hour, 6
 	}
-	p.hosts = int(math.Round(math.Exp(math.Log(2) + rng.Float64()*(math.Log(most)-math.Log(2)))))
+	u := rng.Float64()
+	p.hosts = int(math.Round(2 * math.Pow(most/2, u*u*u)))
 	if *cutFlag > 0 {
 		p.cut = *cutFlag
 	}
