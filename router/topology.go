@@ -234,14 +234,14 @@ func (t *Topology) storeLocked(e *entry, r *record) {
 // is rejected whole; records that are not signed as they must be are left out, and then the error is a
 // *mesh.Refusal.
 func (t *Topology) Merge(_ mesh.PeerName, delta []byte) (news []byte, err error) {
-	records, err := parseRecords(delta)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	records, err := parseNews(delta, t.recordLocked)
 	if err != nil {
 		return nil, err
 	}
 	slices.SortStableFunc(records, basesFirst) // a peer's own record brings the key for its pages
 	var refused mesh.Refusal
-	t.mu.Lock()
-	defer t.mu.Unlock()
 	for _, r := range records {
 		if r.id.peer == t.self {
 			if t.echoLocked(r) {
@@ -272,6 +272,18 @@ func (t *Topology) Merge(_ mesh.PeerName, delta []byte) (news []byte, err error)
 		}
 	}
 	return news, refused.Err()
+}
+
+// recordLocked is the record of that name that is held; nil if none is.
+func (t *Topology) recordLocked(id pageID) *record {
+	switch e := t.peers[id.peer]; {
+	case e == nil:
+		return nil
+	case id.page == 0:
+		return e.base
+	default:
+		return e.pages[id.page]
+	}
 }
 
 func basesFirst(a, b *record) int { return min(int(a.id.page), 1) - min(int(b.id.page), 1) }

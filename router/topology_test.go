@@ -494,6 +494,21 @@ func TestRoutesAreLoopFree(t *testing.T) {
 	})
 }
 
+// Most records come several times: those that are known cost next to nothing.
+func TestKnownRecordsAreNotReadAgain(t *testing.T) {
+	from, to := newTopology(newPeer(1)), newTopology(newPeer(2))
+	var links []PeerLink
+	for i := range 100 {
+		links = append(links, linkTo(10+i, time.Millisecond))
+	}
+	from.SetLinks(links)
+	delta := all(from)
+	merge(t, to, delta)
+	if got := testing.AllocsPerRun(20, func() { merge(t, to, delta) }); got > 8 {
+		t.Errorf("%v allocations for a delta of %d bytes that is known", got, len(delta))
+	}
+}
+
 func BenchmarkRoutes(b *testing.B) {
 	rng := rand.New(rand.NewPCG(1, 2))
 	links := map[[2]int]PeerLink{}

@@ -124,6 +124,12 @@ func (r *record) signed() []byte {
 
 // parseRecords reads a whole delta or nothing. The records own their bytes.
 func parseRecords(b []byte) ([]*record, error) {
+	return parseNews(b, func(pageID) *record { return nil })
+}
+
+// parseNews is parseRecords for somebody who has records already: one that is the same, byte for byte, stands
+// for what came. Most of what comes is known.
+func parseNews(b []byte, have func(pageID) *record) ([]*record, error) {
 	var out []*record
 	for len(b) > 0 {
 		if len(b) < recordHeader {
@@ -133,8 +139,14 @@ func parseRecords(b []byte) ([]*record, error) {
 		if n > maxBody || len(b) < recordHeader+n {
 			return nil, fmt.Errorf("%w: body of %d bytes", errRecord, n)
 		}
+		id := pageID{mesh.PeerName(b[2:8]), b[8]}
+		if old := have(id); old != nil && old.same(b[:recordHeader+n]) {
+			out = append(out, old)
+			b = b[recordHeader+n:]
+			continue
+		}
 		r := &record{
-			id:      pageID{mesh.PeerName(b[2:8]), b[8]},
+			id:      id,
 			epoch:   Epoch{binary.BigEndian.Uint32(b[9:]), mesh.RunID(binary.BigEndian.Uint64(b[13:]))},
 			version: binary.BigEndian.Uint32(b[21:]),
 			sig:     [64]byte(b[signedHeader:]),
@@ -157,6 +169,13 @@ func parseRecords(b []byte) ([]*record, error) {
 		b = b[recordHeader+n:]
 	}
 	return out, nil
+}
+
+// same reports whether b, header and body, is what this record is on the wire.
+func (r *record) same(b []byte) bool {
+	return r.version == binary.BigEndian.Uint32(b[21:]) && r.epoch.Incarnation == binary.BigEndian.Uint32(b[9:]) &&
+		uint64(r.epoch.Run) == binary.BigEndian.Uint64(b[13:]) &&
+		string(r.sig[:]) == string(b[signedHeader:recordHeader]) && string(r.body) == string(b[recordHeader:])
 }
 
 func appendPeer(b []byte, p *Peer) []byte {

@@ -59,6 +59,7 @@ type Config struct {
 	TargetPort  uint16           // of targets that name none; 0: Self.Port
 	Suspect     time.Duration    // unreachable for so long, a peer is suspected; 0: 2 s
 	Gone        time.Duration    // and for so long, forgotten; 0: 1 h
+	RoutesPause time.Duration    // at least, between computations of routes; 0: 20 ms
 	Remembered  []netip.AddrPort // where an earlier run met peers (see Met), dialled like what others tell of
 	Seed        uint64           // of all that is random here; 0: a random one
 
@@ -153,6 +154,9 @@ func New(cfg Config, under Underlay) *Node {
 	}
 	if cfg.Gone == 0 {
 		cfg.Gone = time.Hour
+	}
+	if cfg.RoutesPause == 0 {
+		cfg.RoutesPause = routesPause
 	}
 	if cfg.TargetPort == 0 {
 		cfg.TargetPort = cfg.Self.Port

@@ -19,6 +19,7 @@ var (
 	seedFlag  = flag.Uint64("seed", 0, "seed of the simulations; 0: a few fixed ones")
 	seedsFlag = flag.Int("seeds", 0, "how many seeds the simulations run with; 0: a few")
 	cutFlag   = flag.Duration("cut", 3*time.Hour, "how long TestForgottenHalves keeps the halves apart")
+	linksFlag = flag.Int("links", 200, "the limit on links of a peer in TestScale")
 	peersFlag = flag.Int("peers", 0, "run TestScale with so many peers")
 )
 

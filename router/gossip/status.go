@@ -54,6 +54,9 @@ type Refusal struct {
 	mesh.Refusal
 }
 
+// Members is how many members are alive to memberlist, this peer included.
+func (n *Node) Members() int { return n.members.count() }
+
 // Status returns what is known now.
 func (n *Node) Status() Status {
 	s := Status{

@@ -200,7 +200,7 @@ func (n *Node) route(now time.Time) {
 		begun := time.Now()
 		n.routes.Store(n.topology.Routes())
 		s.changes, s.computed = changes, now
-		s.pause = max(routesPause, 5*time.Since(begun)) // a sixth of a core at most
+		s.pause = max(n.cfg.RoutesPause, 5*time.Since(begun)) // a sixth of a core at most
 		s.reached = time.Time{}
 	}
 	if now.Sub(s.reached) < reachPause {

@@ -13,6 +13,16 @@ import (
 type setTable struct {
 	mu      sync.Mutex
 	entries map[uint64]string
+	items   []mesh.Item
+}
+
+// texts has every entry once for all tables of a simulation.
+var texts sync.Map
+
+func (t *setTable) putLocked(k uint64, s string) {
+	shared, _ := texts.LoadOrStore(s, s)
+	t.entries[k] = shared.(string)
+	t.items = append(t.items, mesh.Item{Key: k, Version: k * 3})
 }
 
 func newSetTable() *setTable { return &setTable{entries: map[uint64]string{}} }
@@ -31,7 +41,7 @@ func encode(s string) []byte {
 func (t *setTable) add(s string) []byte {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.entries[key(s)] = s
+	t.putLocked(key(s), s)
 	return encode(s)
 }
 
@@ -51,7 +61,7 @@ func (t *setTable) Merge(_ mesh.PeerName, delta []byte) (news []byte, err error)
 		n := 2 + int(binary.BigEndian.Uint16(delta))
 		s := string(delta[2:n])
 		if _, ok := t.entries[key(s)]; !ok {
-			t.entries[key(s)] = s
+			t.putLocked(key(s), s)
 			news = append(news, delta[:n]...)
 		}
 		delta = delta[n:]
@@ -62,11 +72,7 @@ func (t *setTable) Merge(_ mesh.PeerName, delta []byte) (news []byte, err error)
 func (t *setTable) Items() []mesh.Item {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	var out []mesh.Item
-	for k := range t.entries {
-		out = append(out, mesh.Item{Key: k, Version: k * 3})
-	}
-	return out
+	return t.items[:len(t.items):len(t.items)]
 }
 
 func (t *setTable) Encode(keys []uint64, limit int) (out [][]byte) {

@@ -197,7 +197,7 @@ func Whole(peers []*Peer) error {
 		if !slices.Equal(items(p), want) {
 			return fmt.Errorf("the tables of %v and %v differ", p.Name, peers[0].Name)
 		}
-		if got := p.Node.Status().Members; got != len(peers) {
+		if got := p.Node.Members(); got != len(peers) {
 			return fmt.Errorf("%v has %d members of %d", p.Name, got, len(peers))
 		}
 	}
