@@ -37,6 +37,7 @@ func TestUnderIn(t *testing.T) {
 	inner := func(proto byte) []byte {
 		return ether(mine, far, 0x0800, ip4("10.32.0.3", "10.32.0.1", proto, make([]byte, 40)...)...)
 	}
+	ack := ether(mine, far, 0x0800, ip4("10.32.0.3", "10.32.0.1", 6, append([]byte{12: 0x50, 13: 0x10}, make([]byte, 6)...)...)...)
 	wrap := func(frame []byte) []byte {
 		vx := binary.BigEndian.AppendUint32([]byte{8, 0, 0, 0}, vni(upID, selfID)<<8)
 		return ether(mesh.MAC{}, unknown, 0x0800, ip4("192.0.2.7", here.String(), 17, udp(40000, 6784, append(vx, frame...)...)...)...)
@@ -52,12 +53,16 @@ func TestUnderIn(t *testing.T) {
 		peer   func(*bpfPeer)
 		ctx    skbContext
 		taken  bool
+		// delivered at once, instead of being joined first
+		counted bool
 	}{
-		{name: "datagram", frame: inner(17), taken: true},
+		{name: "datagram", frame: inner(17), taken: true, counted: true},
 		{name: "segment", frame: inner(6), taken: true},
 		{name: "superframe", frame: inner(6), ctx: skbContext{GSOSize: 10}},
 		{name: "after a superframe", frame: inner(6), peer: func(p *bpfPeer) { p.Whole[0] = monotonic() }},
 		{name: "long after it", frame: inner(6), peer: func(p *bpfPeer) { p.Whole[0] = monotonic() - uint64(11*time.Second) }, taken: true},
+		{name: "acknowledgement after a superframe", frame: ack, peer: func(p *bpfPeer) { p.Whole[0] = monotonic() }, taken: true, counted: true},
+		{name: "acknowledgement of who leaves", frame: ack, change: at(in+14+20+13, 0x11), peer: func(p *bpfPeer) { p.Whole[0] = monotonic() }},
 		{name: "after one of others", frame: inner(6), peer: func(p *bpfPeer) { p.Whole[1] = monotonic() }, taken: true},
 		{name: "path not proven", frame: inner(17), peer: func(p *bpfPeer) { p.Flags = peerKnown }},
 		{name: "other device", frame: inner(17), peer: func(p *bpfPeer) { p.Device = 99 }},
@@ -92,6 +97,7 @@ func TestUnderIn(t *testing.T) {
 		out := make([]byte, len(frame)+256)
 		c.ctx.Ifindex = lo
 		opts := &ebpf.RunOptions{Data: frame, DataOut: out, Context: c.ctx}
+		before := b.counts()["from_tunnel"]
 		verdict, err := b.UnderIn.Run(opts)
 		if err != nil {
 			t.Fatalf("%s: %v", c.name, err)
@@ -102,6 +108,9 @@ func TestUnderIn(t *testing.T) {
 		}
 		if verdict != want || !bytes.Equal(opts.DataOut, left) {
 			t.Errorf("%s: got %d and %x, want %d and %x", c.name, verdict, opts.DataOut, want, left)
+		}
+		if got := b.counts()["from_tunnel"] > before; got != c.counted {
+			t.Errorf("%s: delivered at once: %v, want %v", c.name, got, c.counted)
 		}
 		if c.ctx.GSOSize == 0 {
 			continue

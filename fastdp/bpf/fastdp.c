@@ -21,7 +21,7 @@
 //             that are not ours): known destinations on peers whose path is up go into mesh-vx.
 // vx_in       what arrives in the tunnel. Checked, then delivered, relayed, or answered if a probe.
 // under_in    what arrives on the underlay. Single packets to containers here are unpacked and delivered at once;
-//             TCP segments by way of mesh-vx0 and mesh-vx1, a veth pair in which the kernel joins them to superframes.
+//             TCP segments with data by way of mesh-vx0 and mesh-vx1, a veth pair in which the kernel joins them to superframes.
 //             All else, and whatever is not quite right, is left to the host's IP stack and vx_in.
 // joined_in   what comes out of that pair.
 //
@@ -396,6 +396,15 @@ inline_ int sends_whole(const __u64 *whole)
 	return *whole && (long long)(bpf_ktime_get_coarse_ns() - *whole) < WHOLE_FOR;
 }
 
+// A segment that only acknowledges: there is nothing to join it to, and it may overtake data.
+inline_ int is_bare_ack(const struct tunnelled *t, const void *end)
+{
+	const struct tcp *tcp = (void *)(t + 1);
+
+	return (void *)(tcp + 1) <= end && t->inner_ip.version_len == 0x45 && tcp->flags == TCP_ACK &&
+	       be16(t->inner_ip.len) == sizeof(t->inner_ip) + (tcp->offset >> 4) * 4;
+}
+
 SEC("tc/under_in")
 int under_in(struct __sk_buff *skb)
 {
@@ -419,7 +428,7 @@ int under_in(struct __sk_buff *skb)
 		return TC_PASS;
 	if (t->inner.type != ETH_IP4 || is_group(t->inner.dst))
 		return TC_PASS;
-	int other = t->inner_ip.protocol != PROTO_TCP;
+	int other = t->inner_ip.protocol != PROTO_TCP, alone = other || is_bare_ack(t, frame_end(skb));
 	if (skb->gso_size) {
 		stamp(&peer->whole[other], bpf_ktime_get_coarse_ns());
 		return TC_PASS;
@@ -431,7 +440,7 @@ int under_in(struct __sk_buff *skb)
 	if (!from || from->peer != id)
 		return TC_PASS;
 	struct endpoint *to = 0;
-	if (other) {
+	if (alone) {
 		to = find_endpoint(read_mac(t->inner.dst));
 		if (!to || (to->flags & (ENDPOINT_LOCAL | ENDPOINT_VETH)) != (ENDPOINT_LOCAL | ENDPOINT_VETH) ||
 		    !share_network(from->nets, to->nets))
@@ -439,7 +448,7 @@ int under_in(struct __sk_buff *skb)
 	} else if (!cfg->join) {
 		return TC_PASS; // joined_in looks at the destination
 	}
-	if (sends_whole(&peer->whole[other]))
+	if ((other || !alone) && sends_whole(&peer->whole[other]))
 		return TC_PASS;
 	inner = t->inner;
 	// It takes what lies behind the outer Ethernet header, which then is where the inner one was.

@@ -48,6 +48,14 @@ struct udp {
 	__u16 sport, dport, len, checksum;
 } __attribute__((packed));
 
+struct tcp { // RFC 9293
+	__u16 sport, dport;
+	__u32 seq, ack;
+	__u8 offset, flags; // offset: of the data, in words, in the upper half
+	__u16 window, checksum, urgent;
+} __attribute__((packed));
+#define TCP_ACK 0x10
+
 struct vxlan { // RFC 7348
 	__u32 flags, vni; // the VNI in the upper three bytes
 } __attribute__((packed));
