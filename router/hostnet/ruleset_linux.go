@@ -90,7 +90,7 @@ func (w wish) ruleset() []chain {
 		}
 	}
 	leaving := chain{name: "leaving", kind: nftables.ChainTypeFilter, hook: nftables.ChainHookPostrouting, prio: nftables.ChainPriorityRef(300)}
-	if w.kernel != 0 {
+	if w.kernel != 0 && w.device != "" {
 		leaving.add("to kernel paths in this host's name", protoPort(unix.IPPROTO_UDP, w.kernel), notIn(w.device), fromHere(), drop())
 	}
 	tomesh := chain{name: "tomesh"}
@@ -121,7 +121,7 @@ func (w wish) ruleset() []chain {
 		post.add("from outside to "+s.String(), out(w.bridge), within(daddr, s, true), within(saddr, s, false), masquerade())
 	}
 	chains := []chain{closed, bridges, tomesh, input, forward}
-	if w.kernel != 0 {
+	if w.kernel != 0 && w.device != "" {
 		chains = append(chains, leaving)
 	}
 	if len(w.masq) > 0 {
