@@ -169,7 +169,6 @@ func (b *backend) bulk(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	widen(up)
-	widen(down)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -288,8 +287,9 @@ func splice(down net.Conn, fromDown *bufio.Reader, up net.Conn, fromUp *bufio.Re
 	<-done
 }
 
-// widen lets more be under way to a unix socket than the kernel's default of 208 KiB, so that three programs on
-// two processors wait less for each other. Only root may exceed net.core.wmem_max.
+// widen lets more be under way to the daemon's unix socket than the kernel's default of 208 KiB, so that three
+// programs on two processors wait less for each other: docker cp into a container took 1.07 s instead of 1.2 s for
+// 512 MiB. The other way it made no difference. Only root may exceed net.core.wmem_max.
 func widen(c net.Conn) {
 	u, ok := c.(*net.UnixConn)
 	if !ok {
