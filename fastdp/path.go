@@ -5,17 +5,17 @@ import (
 	"time"
 )
 
-// Timing of the probes. A path in use that breaks is left after usedEvery + lostAfter, so that TCP moves
-// again within 3 s, its fourth retransmission at the latest; one that is not in use, within that of its next
+// Timing of the probes. A path in use that breaks is left after usedEvery + lostAfter, well before 1.4 s: so TCP moves
+// again with its third retransmission, and on a busy machine with its fourth, within 3 s; one that is not in use, within that of its next
 // use. One that works again is taken within the longest retry + provenBy answers < 30 s.
 const (
 	usedEvery    = 250 * time.Millisecond // while frames are sent to the peer
 	idleLeast    = 500 * time.Millisecond // while none are, with few peers
 	idleMost     = time.Minute            // and with many, see idleEvery
-	idleRate     = 10                     // probes of full size per second, to all idle peers together: 15 kB/s
+	idleRate     = 4                      // probes of full size per second, to all idle peers together: 6 kB/s
 	missingEvery = 75 * time.Millisecond  // once an answer is overdue
 	overdueAfter = 100 * time.Millisecond // beyond the usual round trip
-	lostAfter    = 900 * time.Millisecond // from the first probe without answer, and two round trips more
+	lostAfter    = 600 * time.Millisecond // from the first probe without answer, and two round trips more
 	lostProbes   = 6                      // overdue by then: a starved meshd that sent fewer knows nothing
 	trialEvery   = 100 * time.Millisecond
 	trialFor     = 1500 * time.Millisecond
