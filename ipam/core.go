@@ -646,6 +646,7 @@ func (c *core) message(from mesh.PeerName, b []byte, t time.Time) {
 	case kindVote:
 		c.heedVote(from, m)
 	case kindFound:
+		c.foundBySeed()
 		c.wantElection()
 	}
 	c.advance()

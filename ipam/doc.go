@@ -64,6 +64,8 @@
 // copy: it treats its life as lost (compareSpace), as it does when the state file is gone and the ring
 // names another life of it. The old life is then removed like any other, by the new one. With
 // Config.WaitForLive nothing is handed out before the host's running containers were counted (Reclaim).
+// The limit: with an old copy, and all who know better out of reach for longer than the grace time, it hands
+// out again what it had given away since; once they meet, the others keep it.
 //
 // # Clusters
 //

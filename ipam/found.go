@@ -28,23 +28,37 @@ func (c *core) found() {
 	}
 	switch c.cfg.Init.Mode {
 	case Seed:
-		c.foundBySeed()
-	case Observer:
-		if c.now >= c.attemptAt {
-			c.attemptAt = c.now + time.Second
-			for _, name := range c.alivePeers() {
-				c.send(name, &message{kind: kindFound})
-			}
+		if slices.Contains(c.cfg.Init.Seed, c.cfg.Name) {
+			c.foundBySeed()
+		} else {
+			c.askFounders()
 		}
+	case Observer:
+		c.askFounders()
 	case Consensus:
 		c.wantElection()
 	}
 }
 
-// foundBySeed divides the range among the seed, without asking. But a founder that lost its state file
-// looks just like one that never had any, so first it hears out all peers in reach, or waits for the
-// grace time if there are none: whoever has the ring says so.
+// askFounders has those found the ring who may.
+func (c *core) askFounders() {
+	if c.now >= c.attemptAt {
+		c.attemptAt = c.now + time.Second
+		for _, name := range c.alivePeers() {
+			c.send(name, &message{kind: kindFound})
+		}
+	}
+}
+
+// foundBySeed divides the range among the seed, without asking; only a founder does. But a founder that
+// lost its state file looks just like one that never had any, so first it hears out all peers in reach, or
+// waits for the grace time if there are none: whoever has the ring says so. The limit: a founder that
+// starts without its state, and reaches nobody, hands its share out again. It stays out of reach of those
+// who know better until they meet; then it is treated like any peer with an old state file.
 func (c *core) foundBySeed() {
+	if c.ring.Cluster() != 0 || c.cfg.Init.Mode != Seed || c.left || !slices.Contains(c.cfg.Init.Seed, c.cfg.Name) {
+		return
+	}
 	if c.now-c.birth < c.cfg.Grace {
 		alive := c.alivePeers()
 		if len(alive) == 0 || slices.ContainsFunc(alive, func(n mesh.PeerName) bool { return !c.peers[n].heard }) {
@@ -150,6 +164,9 @@ func (c *core) voted(outs []election.Out) {
 func (c *core) whyNoRing() string {
 	switch c.cfg.Init.Mode {
 	case Seed:
+		if !slices.Contains(c.cfg.Init.Seed, c.cfg.Name) {
+			return "waiting for a peer of the seed"
+		}
 		return "waiting to hear whether the peers in reach have a ring already"
 	case Observer:
 		return "waiting for the voters to found the ring"

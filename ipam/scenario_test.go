@@ -495,6 +495,21 @@ func TestFoundingModes(t *testing.T) {
 		w.finish()
 		w.must(t)
 	})
+	t.Run("only founders divide the range", func(t *testing.T) {
+		w := newWorld(1, t.Logf)
+		w.rangep = netip.MustParsePrefix("10.32.0.0/24")
+		init := Init{Mode: Seed, Seed: []mesh.PeerName{{1, 0, 0, 0, 0, 2}}}
+		n := w.addNode(init)
+		if _, err := w.get(n, "c", w.rangep, 20*time.Second); err == nil || n.core.ring.Cluster() != 0 {
+			t.Errorf("a peer that is no founder made a ring, alone: %v", err)
+		}
+		w.addNode(init)
+		w.run(2 * time.Second)
+		if _, err := w.get(n, "d", w.rangep, time.Minute); err != nil {
+			t.Errorf("with the founder in reach: %v", err)
+		}
+		w.must(t)
+	})
 	t.Run("observer", func(t *testing.T) {
 		w := newWorld(2, t.Logf)
 		w.rangep = netip.MustParsePrefix("10.32.0.0/24")
