@@ -13,7 +13,7 @@ SLOW     := meshd/integration/...
 # Time that one fuzz target gets in make fuzz.
 FUZZTIME ?= 20s
 
-.PHONY: help build demo deps test test-root test-long integration race fuzz bench bench-quick test-kernels check check-generated generate install uninstall clean need-root
+.PHONY: help build demo deps test test-root test-long integration race fuzz bench bench-quick bench-deps test-kernels check check-generated generate install uninstall clean need-root
 
 help:
 	@echo 'make build        bin/meshd and bin/meshctl, static'
@@ -24,7 +24,8 @@ help:
 	@echo 'make test-long    make test with long simulations, larger volumes, races and fuzzing'
 	@echo 'make race, make fuzz'
 	@echo 'make test-kernels the kernel path in other kernels, under qemu (root; fetches Debian packages)'
-	@echo 'make bench        the mesh measured beside other networks; make bench-quick, each for a moment (root)'
+	@echo 'make bench        the mesh measured beside other networks; make bench-quick, each for a moment;'
+	@echo '                  make bench-deps installs the others (root)'
 	@echo 'make check        format, vet, staticcheck, import directions, generated files'
 	@echo 'make generate     generated files anew (needs clang and llvm)'
 	@echo 'make deps         Debian packages that are missing'
@@ -46,7 +47,7 @@ deps: need-root
 	@missing=; for pair in $(NEEDED); do \
 	  PATH="$$PATH:/usr/sbin:/sbin" command -v "$${pair%%:*}" >/dev/null || missing="$$missing $${pair#*:}"; \
 	done; \
-	if [ -z "$$missing" ]; then echo 'every Debian package that the tests need is there'; \
+	if [ -z "$$missing" ]; then echo 'every Debian package that is needed is there'; \
 	else echo "installing$$missing"; apt-get update -qq && \
 	  printf '#!/bin/sh\nexit 101\n' > /tmp/meshd-policy-rc.d && chmod +x /tmp/meshd-policy-rc.d && \
 	  made=; [ -e /usr/sbin/policy-rc.d ] || { cp /tmp/meshd-policy-rc.d /usr/sbin/policy-rc.d; made=1; }; \
@@ -84,14 +85,23 @@ fuzz:
 	  done; \
 	done
 
-# The mesh beside other ways to carry frames, in one run and in turns, then each room's own benchmarks.
+# The mesh beside other ways to carry frames, in turns, with both kinds of underlay, then each room's own benchmarks;
+# docs/benchmarks.md is made of all of it.
+ROOMS := $$($(GO) list ./... | grep -v '^meshd/integration')
 bench: need-root deps build
-	set -x; $(GO) run ./integration/bench -bin bin -out docs
-	set -x; $(GO) test -run '^$$' -bench . -benchmem -count 3 -timeout 60m $$($(GO) list ./... | grep -v '^meshd/integration')
+	rm -f bin/bench.json
+	set -x; $(GO) run ./integration/bench -bin bin -results bin/bench.json
+	set -x; $(GO) run ./integration/bench -bin bin -results bin/bench.json -whole
+	set -x; $(GO) test -run '^$$' -bench . -benchmem -count 3 -timeout 60m $(ROOMS) >bin/bench.txt || { cat bin/bench.txt; exit 1; }
+	$(GO) run ./integration/bench -rounds 0 -results bin/bench.json -gobench bin/bench.txt -out docs
 
 bench-quick: need-root deps build
 	set -x; $(GO) run ./integration/bench -bin bin -rounds 1 -length 500ms
-	set -x; $(GO) test -run '^$$' -bench . -benchmem -benchtime 100ms -timeout 20m $$($(GO) list ./... | grep -v '^meshd/integration')
+	set -x; $(GO) test -run '^$$' -bench . -benchmem -benchtime 50ms -timeout 20m $(ROOMS)
+
+# The networks that the mesh is measured beside, as far as Debian has them; without them bench says what it leaves out.
+bench-deps: NEEDED := wireguard-go:wireguard-go wg:wireguard-tools nebula:nebula tincd:tinc edge:n2n perf:linux-perf
+bench-deps: deps
 
 check:
 	@echo gofmt -l .; files=$$(gofmt -l .); if [ -n "$$files" ]; then echo "not formatted: $$files" >&2; exit 1; fi

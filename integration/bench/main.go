@@ -38,6 +38,8 @@ type options struct {
 	whole    bool
 	profile  string
 	measure  string
+	results  string
+	gobench  string
 }
 
 func run(ctx context.Context, args []string) error {
@@ -45,7 +47,9 @@ func run(ctx context.Context, args []string) error {
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	f.StringVar(&o.bin, "bin", "bin", "`directory` of meshctl and meshd")
 	f.StringVar(&o.out, "out", "", "`directory` for benchmarks.md and its picture; empty prints only")
-	f.IntVar(&o.rounds, "rounds", 5, "`number` of turns that each network gets")
+	f.StringVar(&o.results, "results", "", "`file` to which the figures are added; what it holds already counts as well")
+	f.StringVar(&o.gobench, "gobench", "", "`file` with the output of go test -bench, for the page")
+	f.IntVar(&o.rounds, "rounds", 5, "`number` of turns that each network gets; 0 only writes the page")
 	f.DurationVar(&o.length, "length", 2*time.Second, "`duration` of each measurement")
 	f.StringVar(&o.only, "only", "", "comma-separated `names` of networks; empty means all")
 	f.BoolVar(&o.whole, "whole", false, "let superframes cross the underlay whole, as between namespaces, instead of cut to MTU as on a wire")
@@ -54,11 +58,36 @@ func run(ctx context.Context, args []string) error {
 	if err := f.Parse(args); err != nil {
 		return err
 	}
-	if err := lab.Requirements(); err != nil {
+	all, err := readResults(o.results)
+	if err != nil {
 		return err
+	}
+	if o.rounds > 0 {
+		r, err := measureAll(ctx, o)
+		if err != nil {
+			return err
+		}
+		all.add(r)
+		if err := all.save(o.results); err != nil {
+			return err
+		}
+	}
+	text := all.tables()
+	fmt.Print("\n", text)
+	if o.out != "" {
+		return write(o, text, all)
+	}
+	return nil
+}
+
+// measureAll builds the networks and gives each its turns.
+func measureAll(ctx context.Context, o options) (*result, error) {
+	if err := lab.Requirements(); err != nil {
+		return nil, err
 	}
 	// So that the runtime leaves threads alone that wait in system calls.
 	runtime.GOMAXPROCS(runtime.NumCPU() + 6)
+	r := newResult(o)
 	var nets []*network
 	defer func() {
 		for _, n := range nets {
@@ -76,29 +105,28 @@ func run(ctx context.Context, args []string) error {
 		switch {
 		case errors.As(err, &missing):
 			fmt.Printf("%s is left out: %v\n", c.name, err)
+			r.Missing = append(r.Missing, fmt.Sprintf("%s: %v", c.name, err))
 			continue
 		case err != nil:
-			return fmt.Errorf("%s: %w", c.name, err)
+			return nil, fmt.Errorf("%s: %w", c.name, err)
 		}
 		nets = append(nets, n)
 		fmt.Printf("%s is up\n", c.name)
 	}
 	if len(nets) == 0 {
-		return errors.New("there is nothing to measure")
+		return nil, errors.New("there is nothing to measure")
 	}
 	for round := range o.rounds {
 		for i := range nets {
 			n := nets[(i+round)%len(nets)] // whoever comes after whom changes, too
 			if err := n.measure(ctx, o); err != nil {
-				return fmt.Errorf("%s: %w", n.name, err)
+				return nil, fmt.Errorf("%s: %w", n.name, err)
 			}
 			fmt.Printf("round %d of %d: %s\n", round+1, o.rounds, n.last())
 		}
 	}
-	text := table(nets, o)
-	fmt.Print("\n", text)
-	if o.out != "" {
-		return write(o.out, text, nets)
+	for _, n := range nets {
+		r.Networks = append(r.Networks, figures{n.name, n.results})
 	}
-	return nil
+	return r, nil
 }
