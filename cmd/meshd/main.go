@@ -102,6 +102,7 @@ func run(args []string, env environment, stdout, stderr io.Writer) int {
 	// hand. Were none left beside, the runtime would take theirs away every 20 µs, and each frame had to wait for
 	// two more thread switches until it got one again.
 	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + 3)
+	askForShortSlices()
 	if err := runUntilSignal(cfg, env, log); err != nil {
 		log.Error("stopped", "err", err)
 		return exitFailed

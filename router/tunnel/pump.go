@@ -22,6 +22,7 @@ type pump struct {
 	out     *batch
 	held    *backlog
 	now     time.Time
+	turn    turn
 	cut     cutter
 	scratch [256]byte // for the switch's answers
 	reply   [vnetLen + maxTooBig]byte
@@ -44,7 +45,6 @@ func (p *pump) run(ctx context.Context) error {
 		stop := context.AfterFunc(ctx, func() { c.Close() })
 		defer stop()
 	}
-	ownThread()
 	var broken bool
 	for {
 		buf := p.held.buffer()
@@ -71,6 +71,7 @@ func (p *pump) run(ctx context.Context) error {
 			broken = false
 		}
 		p.now = time.Now()
+		p.turn.take(p.now)
 		p.take(buf, n)
 		p.drain()
 	}
@@ -101,6 +102,7 @@ func (p *pump) drain() {
 			return
 		}
 		p.now = time.Now()
+		p.turn.take(p.now)
 	}
 }
 

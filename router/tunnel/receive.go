@@ -24,6 +24,7 @@ type receiver struct {
 	nonce   [nonceLen]byte
 	now     time.Time
 	ns      int64
+	turn    turn
 }
 
 const (
@@ -48,7 +49,6 @@ func (r *receiver) write(buf []byte) {
 }
 
 func (r *receiver) run(ctx context.Context) error {
-	ownThread()
 	batch := make([]Datagrams, readBatch)
 	for i := range batch {
 		batch[i].Buf = make([]byte, readBuffer)
@@ -75,6 +75,7 @@ func (r *receiver) run(ctx context.Context) error {
 		failed = false
 		r.now = time.Now()
 		r.ns = r.t.since(r.now)
+		r.turn.take(r.now)
 		// A full batch has most likely cut a superframe in two: what is held waits for the rest, if it is there.
 		for again := 0; ; again++ {
 			for i := range batch[:n] {
