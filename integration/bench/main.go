@@ -105,7 +105,7 @@ func measureAll(ctx context.Context, o options) (*result, error) {
 		switch {
 		case errors.As(err, &missing):
 			fmt.Printf("%s is left out: %v\n", c.name, err)
-			r.Missing = append(r.Missing, fmt.Sprintf("%s: %v", c.name, err))
+			r.Missing = append(r.Missing, fmt.Sprintf("%s: %v", c.name, missing))
 			continue
 		case err != nil:
 			return nil, fmt.Errorf("%s: %w", c.name, err)
@@ -126,7 +126,8 @@ func measureAll(ctx context.Context, o options) (*result, error) {
 		}
 	}
 	for _, n := range nets {
-		r.Networks = append(r.Networks, figures{n.name, n.results})
+		r.Networks = append(r.Networks, figures{Name: n.name, Values: n.results})
 	}
+	r.compare()
 	return r, nil
 }

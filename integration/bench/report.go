@@ -59,13 +59,13 @@ func (r *result) table(b *strings.Builder) {
 		}
 		b.WriteString("\n")
 	}
-	if ref := r.network(reference); ref != nil {
+	if r.network(reference) != nil {
 		fmt.Fprintf(b, "\nMedian of the ratios to %s, round by round.\n", reference)
 		header(b, compared)
 		for _, n := range r.Networks {
 			fmt.Fprintf(b, "| %s |", n.Name)
 			for _, c := range compared {
-				fmt.Fprintf(b, " %.2f |", median(ratios(n.Values[c], ref.Values[c])))
+				fmt.Fprintf(b, " %.2f |", median(n.Ratios[c]))
 			}
 			b.WriteString("\n")
 		}

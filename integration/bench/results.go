@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"time"
 )
 
@@ -17,10 +18,10 @@ type result struct {
 	Missing  []string // what could not be measured, and why
 }
 
-// figures of one network, in order of the rounds.
+// figures of one network, in order of the rounds, and what they are of the reference's in the same round.
 type figures struct {
-	Name   string
-	Values map[string][]float64
+	Name           string
+	Values, Ratios map[string][]float64
 }
 
 // results are all that is known, for both kinds of underlay.
@@ -69,13 +70,32 @@ func (r *results) add(x *result) {
 			} else {
 				for what, v := range n.Values {
 					have.Values[what] = append(have.Values[what], v...)
+					have.Ratios[what] = append(have.Ratios[what], n.Ratios[what]...)
 				}
 			}
 		}
-		old.Missing = x.Missing
+		for _, m := range x.Missing {
+			if !slices.Contains(old.Missing, m) {
+				old.Missing = append(old.Missing, m)
+			}
+		}
 		return
 	}
 	*r = append(*r, x)
+}
+
+// compare works out the ratios.
+func (r *result) compare() {
+	ref := r.network(reference)
+	for i := range r.Networks {
+		n := &r.Networks[i]
+		n.Ratios = map[string][]float64{}
+		for _, what := range compared {
+			if ref != nil {
+				n.Ratios[what] = ratios(n.Values[what], ref.Values[what])
+			}
+		}
+	}
 }
 
 func (r *result) network(name string) *figures {
