@@ -57,6 +57,9 @@ func TestAttachPort(t *testing.T) {
 			t.Errorf("%s is %s, want %s", path, got, want)
 		}
 	}
+	if got := run(t, ns, "ip -d link show ethmesh"); !strings.Contains(got, "gso_max_segs 44 ") {
+		t.Errorf("superframes are not as long as one send: %s", got)
+	}
 	if err := h.AttachPort(ns, p); err != nil {
 		t.Fatalf("again: %v", err)
 	}
@@ -93,6 +96,16 @@ func TestAttachPort(t *testing.T) {
 }
 
 // Two addresses of one subnet: the kernel would take the second away with the first.
+// A superframe with everything around it fits one send of the userspace path.
+func TestSuperframe(t *testing.T) {
+	for mtu, want := range map[int]int{576: 64, 1400: 44, 1410: 44, 8900: 7, 40000: 1, 65535: 1} {
+		got := superframe(mtu)
+		if got != want || got > 1 && got*(mtu+64) > 65507 {
+			t.Errorf("MTU %d: %d segments, want %d", mtu, got, want)
+		}
+	}
+}
+
 func TestRemoveFirstOfSubnet(t *testing.T) {
 	h, _ := newHost(t)
 	ns := newNamespace(t)
