@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"net/netip"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -284,10 +285,12 @@ func TestReplay(t *testing.T) {
 	}
 }
 
-// TestHandshakeFlood is C4 in small: first messages of handshakes from made-up addresses, half of them garbage
-// and half recorded from a true peer, while that peer joins.
+// TestHandshakeFlood is C4: first messages of handshakes from made-up addresses, half of them garbage and half
+// recorded from a true peer, while that peer joins; once, or a hundred times in the long run, where one join in a
+// hundred may take longer.
 func TestHandshakeFlood(t *testing.T) {
-	w := newWorld(t, 3, 60*time.Second)
+	runs := scaled(1, 100)
+	w := newWorld(t, 3, time.Duration(runs)*10*time.Second+50*time.Second)
 	h1, h2, h3 := w.Host(1), w.Host(2), w.Host(3)
 	password := []string{"MESH_PASSWORD=" + secret}
 	w.launchWith(h1, password)
@@ -338,16 +341,23 @@ func TestHandshakeFlood(t *testing.T) {
 		}
 	}()
 	start := time.Now()
-	w.launchWith(h2, password, h1.Addr.String())
-	launched := time.Now()
-	_, err = lab.WaitMesh(w.ctx, 20*time.Second, h1, h2)
-	w.try(err)
-	joined := time.Now()
+	var took []time.Duration
+	for run := range runs {
+		if run > 0 {
+			w.gone(h2, 9)
+		}
+		w.launchWith(h2, password, h1.Addr.String())
+		launched := time.Now()
+		_, err = lab.WaitMesh(w.ctx, 20*time.Second, h1, h2)
+		w.try(err)
+		took = append(took, time.Since(launched))
+	}
 	rate := float64(sent.Load()) / time.Since(start).Seconds()
 	cancel()
 	<-done
-	t.Logf("%.0f handshakes a second; launch took %v, joined %v after", rate, launched.Sub(start).Round(time.Millisecond), joined.Sub(launched).Round(time.Millisecond))
-	w.within("join during the flood", joined.Sub(launched), 5*time.Second)
+	slices.Sort(took)
+	t.Logf("%.0f handshakes a second; %d joins, after %v at best and %v at worst", rate, runs, took[0].Round(time.Millisecond), took[runs-1].Round(time.Millisecond))
+	w.within("join during the flood", took[runs-1-runs/100], 5*time.Second)
 	r, err := h1.Report(w.ctx)
 	w.try(err)
 	t.Log("dropped: ", r.Router.Drops)
