@@ -58,8 +58,13 @@ func sample(t testing.TB) Report {
 			Targets:          []string{"192.168.48.14", "host5:6783"},
 			MACs:             []MACEntry{{Mac: mesh.MAC{2, 0, 0, 0, 0, 1}, Name: host2, NickName: "host2"}},
 			Drops:            map[string]uint64{"runt": 3, "forged_source": 1},
-			Traffic:          []PeerTraffic{{Name: host2, NickName: "host2", BytesIn: 10, BytesOut: 20, FramesIn: 1, FramesOut: 2}},
-			Flows:            5,
+			Offences: []Offence{
+				{ContainerID: "eebd81120ee4a0c2", Mac: mesh.MAC{2, 0, 0, 0, 0, 9}, Reason: "arp", Frames: 1000},
+				{ContainerID: "eebd81120ee4a0c2", Mac: mesh.MAC{2, 0, 0, 0, 0, 9}, Reason: "source_ip4", Frames: 7},
+				{Mac: mesh.MAC{2, 0, 0, 0, 0, 8}, Reason: "dhcp", Frames: 2},
+			},
+			Traffic: []PeerTraffic{{Name: host2, NickName: "host2", BytesIn: 10, BytesOut: 20, FramesIn: 1, FramesOut: 2}},
+			Flows:   5,
 		},
 		IPAM: &IPAM{
 			Status: IPAMReady, Range: "10.32.0.0/12", RangeNumIPs: 1 << 20, ActiveIPs: 1, DefaultSubnet: "10.32.0.0/12",

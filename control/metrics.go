@@ -26,6 +26,7 @@ var (
 	descFlows        = desc("flows", "Entries in the tables of the kernel path.")
 	descMACs         = desc("macs", "Known MAC addresses.")
 	descDrops        = desc("drops_total", "Frames and datagrams dropped.", "reason")
+	descOffences     = desc("offences_total", "Frames of a container that the port guard dropped.", "container", "reason")
 	descBytes        = desc("peer_bytes_total", "Bytes of overlay frames exchanged with a peer.", "peer", "direction")
 	descFrames       = desc("peer_frames_total", "Overlay frames exchanged with a peer.", "peer", "direction")
 	descIPs          = desc("ips", "Addresses of the range in use here.", "state")
@@ -38,7 +39,7 @@ var (
 )
 
 var allDescs = []*prometheus.Desc{
-	descReady, descProblems, descConnections, descTerminations, descPeers, descFlows, descMACs, descDrops, descBytes,
+	descReady, descProblems, descConnections, descTerminations, descPeers, descFlows, descMACs, descDrops, descOffences, descBytes,
 	descFrames, descIPs, descMaxIPs, descUnreachable, descUnreachPct, descPendAllocs, descPendClaims, descDNSEntries,
 }
 
@@ -99,7 +100,14 @@ func collectRouter(r *Router, gauge func(*prometheus.Desc, int, ...string), coun
 	for reason, n := range r.Drops {
 		counter(descDrops, n, reason)
 	}
-	traffic := map[mesh.PeerName]PeerTraffic{} // a label that comes twice would spoil the scrape
+	offences := map[[2]string]uint64{} // a label that comes twice would spoil the scrape
+	for _, o := range r.Offences {
+		offences[[2]string{o.ContainerID, o.Reason}] += o.Frames
+	}
+	for k, n := range offences {
+		counter(descOffences, n, k[0], k[1])
+	}
+	traffic := map[mesh.PeerName]PeerTraffic{} // likewise
 	for _, t := range r.Traffic {
 		sum := traffic[t.Name]
 		sum.BytesIn += t.BytesIn

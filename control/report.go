@@ -52,8 +52,17 @@ type Router struct {
 	Interface          string // the device that frames come from
 	MACs               []MACEntry
 	Drops              map[string]uint64 // frames and datagrams dropped, by reason
+	Offences           []Offence         // what the port guard caught, by container and reason
 	Traffic            []PeerTraffic
 	Flows              int // entries of the kernel path's tables
+}
+
+// Offence counts the frames of one port that the port guard dropped for one reason.
+type Offence struct {
+	ContainerID string // "" while it is being attached or detached
+	Mac         mesh.MAC
+	Reason      string
+	Frames      uint64
 }
 
 // Peer is a member of the mesh and its links as it tells them.

@@ -112,6 +112,35 @@ func (r *Router) summary(b *block) {
 	b.line("Connections", "%s", r.countConnections())
 	b.line("Peers", "%s", r.countPeers())
 	b.line("TrustedSubnets", "%s", orNone(strings.Join(r.TrustedSubnets, ", ")))
+	for _, line := range r.offenders() {
+		b.line("Caught", "%s", line)
+	}
+}
+
+// offenders has a line for each port that sent what it may not, the worst first.
+func (r *Router) offenders() []string {
+	type port struct {
+		name    string
+		frames  uint64
+		reasons []string
+	}
+	var ports []*port
+	byMAC := map[mesh.MAC]*port{}
+	for _, o := range r.Offences {
+		p := byMAC[o.Mac]
+		if p == nil {
+			p = &port{name: cmp.Or(shortID(o.ContainerID), o.Mac.String())}
+			byMAC[o.Mac], ports = p, append(ports, p)
+		}
+		p.frames += o.Frames
+		p.reasons = append(p.reasons, fmt.Sprintf("%s %d", o.Reason, o.Frames))
+	}
+	slices.SortStableFunc(ports, func(a, b *port) int { return cmp.Compare(b.frames, a.frames) })
+	var out []string
+	for _, p := range ports {
+		out = append(out, fmt.Sprintf("%s, %d frames (%s)", p.name, p.frames, strings.Join(p.reasons, ", ")))
+	}
+	return out
 }
 
 func onOff(on bool) string {

@@ -47,7 +47,8 @@ func (d *Datapath) Offences() []Offence {
 	var k bpfOffenceKey
 	var n uint64
 	for it := d.obj.Offences.Iterate(); it.Next(&k, &n); {
-		if int(k.Reason) < len(d.obj.reasons) {
+		// What is kept from going out by a port is not its own doing.
+		if int(k.Reason) < len(d.obj.reasons) && !strings.HasPrefix(d.obj.reasons[k.Reason], "drop_out_") {
 			all = append(all, Offence{Index: int(k.Ifindex), Reason: d.obj.reasons[k.Reason], Frames: n})
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"maps"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -238,10 +239,11 @@ func TestContainersPretend(t *testing.T) {
 	}{
 		{"Kernel", nil, nil},
 		{"Sealed", []string{"MESH_PASSWORD=" + secret}, nil},
-		{"Nftables", nil, []string{"--no-fastdp"}},
+		{"Userspace", nil, []string{"--no-fastdp"}},
+		{"Nftables", nil, []string{"--pin-dir", "/sys/kernel/none/meshd"}}, // where nothing can be pinned
 	} {
 		t.Run(x.name, func(t *testing.T) {
-			inKernel := len(x.options) == 0
+			inKernel := x.name != "Nftables"
 			w := newWorld(t, 2, 60*time.Second)
 			h1, h2 := w.Host(1), w.Host(2)
 			w.launchWith(h1, x.env, x.options...)
@@ -323,6 +325,21 @@ func TestContainersPretend(t *testing.T) {
 					if r.Router.Drops["kernel_"+reason] == 0 {
 						t.Errorf("nothing is counted as %s: %v", reason, r.Router.Drops)
 					}
+				}
+				caught := map[string]uint64{}
+				for _, o := range r.Router.Offences {
+					switch o.Mac {
+					case net.HardwareAddr(macs[a]).String():
+						caught[o.Reason] += o.Frames
+					default:
+						t.Errorf("an innocent container was caught: %+v", o)
+					}
+				}
+				if caught["arp"] == 0 || caught["source_ip4"] == 0 {
+					t.Errorf("the attacker was caught at %v only", caught)
+				}
+				if out, err := h1.Must(w.ctx, "status"); err != nil || strings.Count(out, "Caught: ") != 1 {
+					t.Errorf("the status does not name the one that pretends: %v\n%s", err, out)
 				}
 			}
 			w.flood(h1, h2, a, v1, v2, f, inKernel)

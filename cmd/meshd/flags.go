@@ -131,7 +131,7 @@ func newFlags(o *options) *pflag.FlagSet {
 	f.StringVar(&o.dockerBridge, "docker-bridge", "docker0", "`name` of Docker's bridge")
 	f.StringVar(&o.nfTable, "nft-table", "mesh", "`name` of the nftables table (family inet)")
 	f.IntVar(&o.mtu, "mtu", 0, "overlay MTU in `bytes`; 0 means as much as the underlay carries")
-	f.BoolVar(&o.noFastDP, "no-fastdp", false, "use the userspace path only")
+	f.BoolVar(&o.noFastDP, "no-fastdp", false, "carry frames to other peers by the userspace path only")
 	f.BoolVar(&o.noMasqLocal, "no-masq-local", false, "keep the source address of traffic from outside to containers of this host")
 	f.BoolVar(&o.noSpoofGuard, "no-spoof-guard", false, "let containers send from MAC and IP addresses that are not theirs")
 

@@ -19,8 +19,8 @@ import (
 type kernelPath struct {
 	h      *house
 	log    *slog.Logger
-	dp     atomic.Pointer[fastdp.Datapath] // nil: off
-	off    string                          // why it is off; fixed by open
+	dp     atomic.Pointer[fastdp.Datapath] // nil: this kernel cannot do it
+	off    string                          // why it carries nothing; fixed by open
 	wake   chan struct{}
 	shared mesh.ShortID // owned by run: the last one stored
 }
@@ -29,21 +29,23 @@ func newKernelPath(h *house) *kernelPath {
 	return &kernelPath{h: h, log: h.log, wake: make(chan struct{}, 1)}
 }
 
-// open starts the kernel path. A kernel that lacks something is no error: off says what it is. What an earlier
-// meshd left in the kernel goes on without us, and in clear: where we do not take it over, it has to go.
+// open starts the kernel path; disabled, it only guards the ports. A kernel that lacks something is no error:
+// off says what it is. What an earlier meshd left in the kernel goes on without us, and in clear: where we do
+// not take it over, it has to go.
 func (k *kernelPath) open(cfg fastdp.Config, disabled bool) error {
-	if disabled {
-		k.off = "switched off by --no-fastdp"
-		return k.clear(cfg)
-	}
+	sealed := cfg.GuardOnly
+	cfg.GuardOnly = sealed || disabled
 	dp, err := fastdp.Open(cfg)
 	switch {
 	case errors.Is(err, fastdp.ErrNotSupported):
 		k.off = err.Error()
 		k.log.Warn("the userspace path serves alone", "err", err)
-		return k.clear(cfg)
+		return k.clear(cfg, sealed)
 	case err != nil:
 		return err
+	}
+	if disabled {
+		k.off = "switched off by --no-fastdp"
 	}
 	k.dp.Store(dp)
 	if !cfg.GuardOnly {
@@ -52,10 +54,10 @@ func (k *kernelPath) open(cfg fastdp.Config, disabled bool) error {
 	return nil
 }
 
-// clear removes what an earlier meshd left. With a password (GuardOnly) meshd does not start beside that.
-func (k *kernelPath) clear(cfg fastdp.Config) error {
+// clear removes what an earlier meshd left. With a password meshd does not start beside that.
+func (k *kernelPath) clear(cfg fastdp.Config, sealed bool) error {
 	err := resetKernelPath(cfg)
-	if err != nil && !cfg.GuardOnly {
+	if err != nil && !sealed {
 		k.log.Warn("what is left of the kernel path stays", "err", err)
 		return nil
 	}

@@ -28,7 +28,7 @@ func (h *house) Report() control.Report {
 		r.Problems = append(r.Problems, fmt.Sprintf("peer %v(%s) has passed on %d entries that those they are about did not sign: "+
 			"it lies, or two hosts have one name", x.From, nickOf(st, x.From), x.Forged+x.Foreign))
 	}
-	if h.kernel.off != "" && !h.cfg.Overlay.NoFastDP {
+	if h.kernel.off != "" && h.kernel.dp.Load() == nil {
 		r.Problems = append(r.Problems, "no kernel path: "+h.kernel.off)
 	}
 	if h.passwords.odd != "" {
@@ -114,7 +114,7 @@ func (h *house) routerReport(st gossip.Status, kernel map[mesh.PeerName]fastdp.P
 			control.OverlayKernel:    cmp.Or(h.kernel.off, "ready"),
 			control.OverlayUserspace: cmp.Or(h.tap.Offload.Missing, "ready"),
 		},
-		Drops: h.drops(st),
+		Drops: h.drops(st), Offences: h.offences(),
 	}
 	for _, p := range u.TrustedSubnets {
 		r.TrustedSubnets = append(r.TrustedSubnets, p.String())
@@ -196,7 +196,7 @@ func (h *house) describe(line *control.Connection, route router.Route, s tunnel.
 	line.MTU = h.mtu
 	line.Overlay = control.OverlayUserspace
 	why := cmp.Or(h.kernel.off, "the peer has offered no kernel path")
-	if k, ok := kernel[line.Peer]; ok {
+	if k, ok := kernel[line.Peer]; ok && h.kernel.off == "" {
 		if k.Up {
 			line.Overlay, why = control.OverlayKernel, ""
 		} else {
@@ -246,6 +246,30 @@ func (h *house) drops(st gossip.Status) map[string]uint64 {
 				}
 			}
 		}
+	}
+	return out
+}
+
+// offences says whom the port guard caught at what.
+func (h *house) offences() []control.Offence {
+	dp := h.kernel.dp.Load()
+	if dp == nil {
+		return nil
+	}
+	owner := map[mesh.MAC]string{}
+	for _, e := range h.records.Endpoints() {
+		if e.Peer == h.self {
+			owner[e.MAC] = e.Owner
+		}
+	}
+	var out []control.Offence
+	for _, o := range dp.Offences() {
+		if o.MAC.IsZero() {
+			continue // the port is gone
+		}
+		out = append(out, control.Offence{
+			ContainerID: owner[o.MAC], Mac: o.MAC, Reason: strings.TrimPrefix(o.Reason, "drop_"), Frames: o.Frames,
+		})
 	}
 	return out
 }

@@ -31,8 +31,13 @@ type Report struct {
 			Hops      int
 			Why       string
 		}
-		MACs    []struct{ Mac, Name string }
-		Drops   map[string]uint64
+		MACs     []struct{ Mac, Name string }
+		Drops    map[string]uint64
+		Offences []struct {
+			Mac    string
+			Reason string
+			Frames uint64
+		}
 		Traffic []struct {
 			Name                string
 			BytesIn, BytesOut   uint64

@@ -420,8 +420,8 @@ func TestConnLimit(t *testing.T) {
 		if err := simnet.Whole(c.Peers); err != nil {
 			t.Error(err)
 		}
-		for i, p := range c.Peers[1:] { // peer 0 is everybody's target
-			if n := p.Host.Links(); n > 8 {
+		for i, p := range c.Peers[1:] { // peer 0 is everybody's target; the limit is soft, as several may dial one at a time
+			if n := p.Host.Links(); n > 12 {
 				t.Errorf("peer %d has %d links", i+1, n)
 			}
 		}
