@@ -191,7 +191,12 @@ func (c *core) hold(call *call, h *hold) {
 func (c *core) drop(h *hold) {
 	c.holds.remove(h)
 	c.dirtyHolds[h.key()] = true
-	c.undo = append(c.undo, func() { c.holds.add(h) })
+	c.undo = append(c.undo, func() {
+		if h.in && c.holds.byOff[h.off] != nil {
+			return // found running meanwhile, which no failed write undoes (reclaim)
+		}
+		c.holds.add(h)
+	})
 }
 
 func (c *core) tryAllocate(call *call) bool {

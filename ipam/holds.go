@@ -58,10 +58,11 @@ func (s *holds) add(h *hold) {
 
 func (s *holds) remove(h *hold) {
 	list := s.byOwner[h.owner]
-	if i := slices.Index(list, h); i >= 0 {
-		list = slices.Delete(list, i, i+1)
+	i := slices.Index(list, h)
+	if i < 0 {
+		return // its address may be another's by now
 	}
-	if len(list) == 0 {
+	if list = slices.Delete(list, i, i+1); len(list) == 0 {
 		delete(s.byOwner, h.owner)
 	} else {
 		s.byOwner[h.owner] = list

@@ -375,6 +375,35 @@ func TestRestoredBackup(t *testing.T) {
 	}
 }
 
+// What is found running keeps its address, whatever the state file says and whether it can be written.
+func TestReclaimOnBadDisk(t *testing.T) {
+	w := cluster(t, 1, 1, "10.32.0.0/24")
+	n := w.nodes[0]
+	p, err := w.get(n, "runs", w.rangep, time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// "runs" was to give its address to "waits", in a write that failed but reached the disk.
+	n.kill()
+	runs, waits := &hold{owner: "runs", addr: p}, &hold{owner: "waits", addr: p}
+	delete(n.disk[bucketHeld], runs.key())
+	n.disk[bucketHeld][waits.key()] = []byte{}
+	delete(n.known, "runs")
+	n.bad = true
+	n.start()
+	w.run(5 * time.Second)
+	w.must(t)
+	n.bad = false
+	n.step(func(c *core, now time.Time) { c.at(now); c.release("waits", netip.Addr{}) }) // it never came to run
+	if q, err := w.get(n, "next", w.rangep, time.Minute); err != nil || q == p {
+		t.Errorf("another container got %s, %v; %s is in use", q, err, p)
+	}
+	w.must(t)
+	if h := n.core.holds.byOff[1]; h == nil || h.owner != "runs" || n.disk[bucketHeld][runs.key()] == nil || n.disk[bucketHeld][waits.key()] != nil {
+		t.Errorf("%s is held by %+v; on disk %v", p, h, n.disk[bucketHeld])
+	}
+}
+
 // TestTwoClusters lets two founded clusters meet, and repairs them.
 func TestTwoClusters(t *testing.T) {
 	for seed := range int64(10) {
