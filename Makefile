@@ -71,7 +71,8 @@ test-long: need-root deps race fuzz
 	set -x; MESHD_LONG=1 $(GO) test -timeout 90m -count=1 $$($(GO) list ./... | grep -v '^meshd/integration')
 	set -x; MESHD_LONG=1 $(GO) test -timeout 90m -count=1 -p 1 $(SLOW)
 
-test-kernels: need-root
+test-kernels: NEEDED += qemu-system-x86_64:qemu-system-x86 depmod:kmod cpio:cpio xz:xz-utils
+test-kernels: need-root deps
 	fastdp/kernels/run.sh $(KERNELS)
 
 race:
