@@ -49,7 +49,7 @@ type world struct {
 
 	removed map[ring.ID]bool      // lives that the operator has named
 	witness map[ring.ID][]ring.ID // which members knew of a life when it began to serve
-	former  map[ring.ID]bool      // lives that their own peer has fenced
+	former  map[ring.ID]bool      // lives that their own peer has fenced, or that were fenced after they had left
 	known   map[ring.ID]bool      // lives that are no orphans, for good
 	orphans map[ring.ID]bool      // as judged at orphansAt
 
@@ -646,15 +646,16 @@ func (w *world) review() {
 	}
 }
 
-// noteOwnFences looks for peers that fence their own former lives, as they may. Others, who carry that
-// on, may be heard of first.
+// noteOwnFences looks for peers that fence their own former lives, as they may, and for those that were
+// fenced because they left and still owned something: who fences them knows that they left. Others, who
+// carry that on, may be heard of first, and so may the fence before the leaving.
 func (w *world) noteOwnFences(n *node) {
 	if n.looked == n.core.ring.Generation() {
 		return
 	}
 	n.looked = n.core.ring.Generation()
 	for _, m := range n.core.ring.Members() {
-		if slices.ContainsFunc(m.Fences, func(f ring.ID) bool { return f.Peer == m.ID.Peer }) {
+		if slices.ContainsFunc(m.Fences, func(f ring.ID) bool { return f.Peer == m.ID.Peer }) || m.Fenced() && m.Flags&ring.Left != 0 {
 			w.former[m.ID] = true
 		}
 	}
