@@ -148,10 +148,12 @@ func TestAddresses(t *testing.T) {
 		taken, err := overlayAddrs(first)
 		w.try(err)
 		if len(taken) == 1 && stale[taken[0].Addr().String()] {
-			status, err := h.Must(w.ctx, "status")
-			w.try(err)
-			if text := status + h.Log(); !strings.Contains(text, taken[0].Addr().String()) {
-				t.Errorf("the ghost does not say that %v is held elsewhere", taken[0])
+			err := lab.Until(w.ctx, 5*time.Second, "the ghost to say that "+taken[0].String()+" is held elsewhere", func() bool {
+				status, err := h.Must(w.ctx, "status")
+				return err == nil && strings.Contains(status+h.Log(), taken[0].Addr().String())
+			})
+			if err != nil {
+				t.Error(err)
 			}
 		}
 	})
