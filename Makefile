@@ -86,13 +86,12 @@ fuzz:
 	  done; \
 	done
 
-# The mesh beside other ways to carry frames, in turns, with both kinds of underlay, then each room's own benchmarks;
+# The mesh beside other ways to carry frames, in turns, with each kind of underlay, then each room's own benchmarks;
 # docs/benchmarks.md is made of all of it.
 ROOMS := $$($(GO) list ./... | grep -v '^meshd/integration')
 bench: need-root deps build
 	rm -f bin/bench.json
-	set -x; $(GO) run ./integration/bench -bin bin -results bin/bench.json
-	set -x; $(GO) run ./integration/bench -bin bin -results bin/bench.json -whole
+	set -x; for u in wire 'bare wire' whole; do $(GO) run ./integration/bench -bin bin -results bin/bench.json -underlay "$$u" || exit 1; done
 	set -x; $(GO) test -run '^$$' -bench . -benchmem -count 3 -timeout 60m $(ROOMS) >bin/bench.txt || { cat bin/bench.txt; exit 1; }
 	$(GO) run ./integration/bench -rounds 0 -results bin/bench.json -gobench bin/bench.txt -out docs
 

@@ -35,7 +35,7 @@ type options struct {
 	rounds   int
 	length   time.Duration // of one measurement
 	only     string
-	whole    bool
+	underlay string
 	profile  string
 	measure  string
 	results  string
@@ -52,11 +52,14 @@ func run(ctx context.Context, args []string) error {
 	f.IntVar(&o.rounds, "rounds", 5, "`number` of turns that each network gets; 0 only writes the page")
 	f.DurationVar(&o.length, "length", 2*time.Second, "`duration` of each measurement")
 	f.StringVar(&o.only, "only", "", "comma-separated `names` of networks; empty means all")
-	f.BoolVar(&o.whole, "whole", false, "let superframes cross the underlay whole, as between namespaces, instead of cut to MTU as on a wire")
+	f.StringVar(&o.underlay, "underlay", wire, "`kind` of underlay: wire, bare wire or whole")
 	f.StringVar(&o.profile, "profile", "", "`directory` for CPU profiles of the whole machine, one of each kind of measurement and network (needs perf)")
 	f.StringVar(&o.measure, "measure", "tcp,datagrams,rtt", "comma-separated `kinds` of measurements")
 	if err := f.Parse(args); err != nil {
 		return err
+	}
+	if _, known := underlays[o.underlay]; !known {
+		return fmt.Errorf("-underlay %s: there is wire, bare wire and whole", o.underlay)
 	}
 	all, err := readResults(o.results)
 	if err != nil {

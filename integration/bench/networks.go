@@ -78,16 +78,16 @@ func (c candidate) build(ctx context.Context, o options) (_ *network, err error)
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	if !o.whole {
-		err = n.lab.CutToMTU(ctx)
+	if o.underlay != whole {
+		err = n.lab.CutToMTU(ctx, o.underlay == wire)
 	}
 	if err == nil {
 		err = c.setup(ctx, n)
 	}
-	if err == nil && c.name == "veth" && !o.whole {
+	if err == nil && c.name == "veth" && o.underlay != whole {
 		for _, x := range []end{n.a, n.b} {
 			if err == nil {
-				_, err = x.Out(ctx, lab.CutArgs("net0")...)
+				_, err = x.Out(ctx, lab.CutArgs("net0", o.underlay == wire)...)
 			}
 		}
 	}

@@ -34,16 +34,12 @@ func (r results) tables() string {
 }
 
 func (r *result) table(b *strings.Builder) {
-	title := "Packets of MTU size on the underlay, as on a wire"
-	if r.Whole {
-		title = "Superframes cross the underlay whole, as between namespaces"
-	}
 	rounds := 0
 	for _, n := range r.Networks {
 		rounds = max(rounds, len(n.Values[tcp1There]))
 	}
 	fmt.Fprintf(b, "## %s\n\n%d rounds, %v each measurement, %d processors, %s. Median, and in brackets the lowest and the highest.\n",
-		title, rounds, r.Length, runtime.NumCPU(), runtime.Version())
+		underlays[r.Underlay], rounds, r.Length, runtime.NumCPU(), runtime.Version())
 	for _, m := range r.Missing {
 		fmt.Fprintf(b, "Left out: %s.\n", m)
 	}

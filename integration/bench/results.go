@@ -12,7 +12,7 @@ import (
 
 // result is what one run measured, and what all runs of a kind did together.
 type result struct {
-	Whole    bool // superframes crossed the underlay whole
+	Underlay string
 	Length   time.Duration
 	Networks []figures
 	Missing  []string // what could not be measured, and why
@@ -24,10 +24,23 @@ type figures struct {
 	Values, Ratios map[string][]float64
 }
 
-// results are all that is known, for both kinds of underlay.
+// Kinds of underlay, and what the page calls them.
+const (
+	wire     = "wire"
+	bareWire = "bare wire"
+	whole    = "whole"
+)
+
+var underlays = map[string]string{
+	wire:     "Packets of MTU size on the underlay, joined by whoever receives them (GRO), as with network cards",
+	bareWire: "Packets of MTU size on the underlay, received one by one",
+	whole:    "Superframes cross the underlay whole, as between namespaces",
+}
+
+// results are all that is known, for every kind of underlay.
 type results []*result
 
-func newResult(o options) *result { return &result{Whole: o.whole, Length: o.length} }
+func newResult(o options) *result { return &result{Underlay: o.underlay, Length: o.length} }
 
 // readResults reads a file that save wrote; one that is not there holds nothing.
 func readResults(file string) (r results, err error) {
@@ -61,7 +74,7 @@ func (r results) save(file string) error {
 // add puts the rounds of one more run behind those that are there.
 func (r *results) add(x *result) {
 	for _, old := range *r {
-		if old.Whole != x.Whole {
+		if old.Underlay != x.Underlay {
 			continue
 		}
 		for _, n := range x.Networks {

@@ -81,10 +81,11 @@ func (h *Host) batch(ctx context.Context, tool, script string) error {
 
 // CutToMTU makes every link of the underlay carry packets of MTU size only, as a wire does; without it
 // superframes cross the underlay whole. What is cut is cut by the kernel at the last moment, as for a
-// network card without segmentation offload.
-func (l *Lab) CutToMTU(ctx context.Context) error {
+// network card without segmentation offload. With gro the receiving ends join packets again that belong
+// together, as the drivers of network cards do by default; those of veth devices do not.
+func (l *Lab) CutToMTU(ctx context.Context, gro bool) error {
 	for _, h := range l.Hosts {
-		args := CutArgs("eth0")
+		args := CutArgs("eth0", gro)
 		if _, err := h.Out(ctx, args...); err != nil {
 			return err
 		}
@@ -96,8 +97,9 @@ func (l *Lab) CutToMTU(ctx context.Context) error {
 	return nil
 }
 
-// CutArgs is the command that makes a veth device pass packets of MTU size only.
-func CutArgs(device string) []string {
+// CutArgs is the command that makes a veth device send packets of MTU size only, and join received ones or not.
+func CutArgs(device string, gro bool) []string {
 	return []string{"ethtool", "-K", device, "tx-tcp-segmentation", "off", "tx-tcp6-segmentation", "off", "tx-tcp-ecn-segmentation", "off",
-		"tx-tcp-mangleid-segmentation", "off", "tx-udp-segmentation", "off", "tx-udp_tnl-segmentation", "off", "tx-udp_tnl-csum-segmentation", "off"}
+		"tx-tcp-mangleid-segmentation", "off", "tx-udp-segmentation", "off", "tx-udp_tnl-segmentation", "off", "tx-udp_tnl-csum-segmentation", "off",
+		"rx-gro", map[bool]string{true: "on", false: "off"}[gro]}
 }

@@ -35,7 +35,7 @@ func TestBaseline(t *testing.T) {
 		return got
 	}
 	t.Log("superframes whole: ", stream())
-	try(t, l.CutToMTU(ctx))
+	try(t, l.CutToMTU(ctx, false))
 	frames, err := l.Host(2).OpenFrames("eth0")
 	try(t, err)
 	defer frames.Close()
