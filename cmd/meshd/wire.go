@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -140,7 +141,7 @@ func (h *house) openDevices() error {
 		return err
 	}
 	var err error
-	if h.tap, err = h.host.OpenTAP(tapQueues); err != nil {
+	if h.tap, err = h.host.OpenTAP(tapQueues()); err != nil {
 		return err
 	}
 	if missing := h.tap.Offload.Missing; missing != "" {
@@ -153,8 +154,10 @@ func (h *house) openDevices() error {
 	return h.tunnel.Attach(ports, h.tap.Offload.TSO, h.tap.Offload.USO)
 }
 
-// tapQueues is how many goroutines read frames from the bridge.
-const tapQueues = 1
+// tapQueues is how many goroutines read frames from the bridge. The kernel spreads flows over them, so each keeps
+// its order. With two processors a second one gains nothing: one sender's thread, one receiver's and those who
+// talk are more than there is room for.
+func tapQueues() int { return max(1, min(runtime.NumCPU()/2, 4)) }
 
 // bridgeSpec is the bridge with an address made of the peer's name, so that it is the same after a reboot and
 // no other peer's.
