@@ -2,6 +2,7 @@ package integration
 
 import (
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -237,6 +238,51 @@ func TestIdleCost(t *testing.T) {
 		if load := 100 * cpu.Seconds() / n / seconds; load > 5 {
 			t.Errorf("%.2f %% of a CPU each, want less than 5", load)
 		}
+	}
+}
+
+// TestMemoryUnderLoad has one peer exchange sealed TCP with nine others at once, both ways, as fast as it goes.
+func TestMemoryUnderLoad(t *testing.T) {
+	const peers, limit = 10, 60 << 10 // KiB
+	bytes := int64(20 << 20)
+	if long() {
+		bytes = 500 << 20
+	}
+	w := newWorld(t, peers, 3*time.Minute)
+	members := make([]*member, peers)
+	for i, h := range w.Hosts {
+		var target []string
+		if i > 0 {
+			target = []string{w.Host(1).Addr.String()}
+		}
+		w.launchWith(h, []string{"MESH_PASSWORD=" + secret}, append([]string{"--no-fastdp"}, target...)...)
+		members[i] = w.netns(h, "c", fmt.Sprintf("10.2.1.%d/24", i+1))
+	}
+	_, err := lab.WaitMesh(w.ctx, 30*time.Second, w.Hosts...)
+	w.try(err)
+	idle := w.usage(w.Host(1)).rss
+	var wg sync.WaitGroup
+	for _, m := range members[1:] {
+		wg.Go(func() { w.stream(members[0], m, bytes, time.Minute) })
+		wg.Go(func() { w.stream(m, members[0], bytes, time.Minute) })
+	}
+	done := make(chan struct{})
+	go func() { wg.Wait(); close(done) }()
+	most, samples := make([]int, peers), 0
+	for loaded := true; loaded; samples++ {
+		select {
+		case <-done:
+			loaded = false
+		case <-time.After(20 * time.Millisecond):
+		}
+		for i, h := range w.Hosts {
+			most[i] = max(most[i], w.usage(h).rss)
+		}
+	}
+	t.Logf("resident in %d samples, MiB at most: the peer of all %.1f (idle %.1f), the others %.1f", samples,
+		float64(most[0])/1024, float64(idle)/1024, float64(slices.Max(most[1:]))/1024)
+	if m := slices.Max(most); m > limit {
+		t.Errorf("%.1f MiB, want at most %d", float64(m)/1024, limit>>10)
 	}
 }
 
