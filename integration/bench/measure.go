@@ -352,6 +352,9 @@ func datagramRate(ctx context.Context, from, to end, length time.Duration) (floa
 	for range 8 {
 		rate := (low + high) / 2
 		got, fine, err := try(rate)
+		if err == nil && !fine { // one that failed for a moment's hiccup would bar all higher ones
+			got, fine, err = try(rate)
+		}
 		if err != nil {
 			return 0, err
 		}
