@@ -49,12 +49,14 @@ func listen(endpoint string, cfg Config) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen on tcp %s: %w", addr, err)
 	}
-	if cfg.TLS != nil {
-		return tls.NewListener(l, cfg.TLS), nil
-	}
-	if !l.Addr().(*net.TCPAddr).IP.IsLoopback() {
+	// TLS that asks for no certificate, such as dockerd's with --tls alone, hides what is said but lets all in.
+	guarded := cfg.TLS != nil && cfg.TLS.ClientAuth == tls.RequireAndVerifyClientCert
+	if !guarded && !l.Addr().(*net.TCPAddr).IP.IsLoopback() {
 		l.Close()
 		return nil, fmt.Errorf("listen on tcp %s: who reaches Docker's API is root on this host: give --tlsverify with certificates, or a loopback address", addr)
+	}
+	if cfg.TLS != nil {
+		return tls.NewListener(l, cfg.TLS), nil
 	}
 	return l, nil
 }

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -603,6 +604,28 @@ func TestListenRefuses(t *testing.T) {
 			t.Errorf("%s: listens", endpoint)
 		} else if !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: got %q, want %q", endpoint, err, want)
+		}
+	}
+}
+
+// Beyond loopback only those with a certificate are let in.
+func TestListenForAll(t *testing.T) {
+	verifying := &tls.Config{ClientAuth: tls.RequireAndVerifyClientCert}
+	for _, c := range []struct {
+		endpoint string
+		tls      *tls.Config
+		ok       bool
+	}{
+		{"tcp://0.0.0.0:0", nil, false}, {"tcp://0.0.0.0:0", &tls.Config{}, false},
+		{"tcp://0.0.0.0:0", &tls.Config{ClientAuth: tls.VerifyClientCertIfGiven}, false}, {"tcp://0.0.0.0:0", verifying, true},
+		{"tcp://127.0.0.1:0", nil, true}, {"tcp://127.0.0.1:0", &tls.Config{}, true},
+	} {
+		l, err := listen(c.endpoint, Config{TLS: c.tls})
+		if (err == nil) != c.ok {
+			t.Errorf("%s, %+v: %v", c.endpoint, c.tls, err)
+		}
+		if err == nil {
+			l.Close()
 		}
 	}
 }

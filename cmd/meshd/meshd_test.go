@@ -606,3 +606,39 @@ func TestDocumentedOptions(t *testing.T) {
 		t.Errorf("%s is out of date; run this test with -update (-want +got):\n%s", path, diff)
 	}
 }
+
+// Whose TLS files the proxy takes by itself: those of the host's dockerd, not of whoever calls himself so. In a
+// container, or as another user, that would open Docker to certificates of his own.
+func TestDockerdTLS(t *testing.T) {
+	const root, user, setuid = "0\t0\t0\t0", "1000\t1000\t1000\t1000", "1000\t0\t0\t0"
+	for _, c := range []struct {
+		name, comm, mounts, uids, line string
+		found, verify                  bool
+	}{
+		{"dockerd", "dockerd", "mnt:[1]", root, "dockerd\x00--tlsverify\x00--tlscacert=/ca", true, true},
+		{"dockerd without", "dockerd", "mnt:[1]", root, "dockerd", false, false},
+		{"without verifying", "dockerd", "mnt:[1]", root, "dockerd\x00--tls\x00--tlscacert\x00/ca", true, false},
+		{"another program", "docker", "mnt:[1]", root, "dockerd\x00--tlsverify", false, false},
+		{"in a container", "dockerd", "mnt:[2]", root, "dockerd\x00--tlsverify\x00--tlscacert=/ca", false, false},
+		{"another user's", "dockerd", "mnt:[1]", user, "dockerd\x00--tlsverify\x00--tlscacert=/ca", false, false},
+		{"by setuid", "dockerd", "mnt:[1]", setuid, "dockerd\x00--tlsverify\x00--tlscacert=/ca", false, false},
+	} {
+		proc := t.TempDir()
+		for path, content := range map[string]string{"7/comm": c.comm + "\n", "7/cmdline": c.line, "7/status": "Name:\t" + c.comm + "\nUid:\t" + c.uids + "\nGid:\t0\n"} {
+			path = filepath.Join(proc, path)
+			if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(content), 0o600)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for dir, to := range map[string]string{"self/ns": "mnt:[1]", "7/ns": c.mounts} {
+			dir = filepath.Join(proc, dir)
+			if err := errors.Join(os.MkdirAll(dir, 0o755), os.Symlink(to, filepath.Join(dir, "mnt"))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		files, verify, found := dockerdTLS(proc)
+		if found != c.found || verify != c.verify || found && files.CACert != "/ca" {
+			t.Errorf("%s: got %+v, verify %v, found %v", c.name, files, verify, found)
+		}
+	}
+}

@@ -42,14 +42,15 @@ func proxyTLS(p ProxyConfig) (*tls.Config, error) {
 	return cfg, nil
 }
 
-// dockerdTLS reads the TLS options from the command line of a dockerd that runs in our PID namespace.
+// dockerdTLS reads the TLS options from the command line of this host's dockerd.
 func dockerdTLS(proc string) (files TLSFiles, verify, found bool) {
 	names, _ := filepath.Glob(filepath.Join(proc, "[0-9]*", "comm"))
 	for _, name := range names {
-		if comm, err := os.ReadFile(name); err != nil || string(comm) != "dockerd\n" {
+		dir := filepath.Dir(name)
+		if comm, err := os.ReadFile(name); err != nil || string(comm) != "dockerd\n" || !hostsRoot(proc, dir) {
 			continue
 		}
-		raw, err := os.ReadFile(filepath.Join(filepath.Dir(name), "cmdline"))
+		raw, err := os.ReadFile(filepath.Join(dir, "cmdline"))
 		if err != nil {
 			continue
 		}
@@ -58,6 +59,21 @@ func dockerdTLS(proc string) (files TLSFiles, verify, found bool) {
 		}
 	}
 	return TLSFiles{}, false, false
+}
+
+// hostsRoot reports whether root started a process, and not in a container: anybody can call his program dockerd,
+// and who is let in here is root. What its files are called means something among our own mounts only.
+func hostsRoot(proc, dir string) bool {
+	ours, err := os.Readlink(filepath.Join(proc, "self", "ns", "mnt"))
+	if err != nil {
+		return false
+	}
+	theirs, err := os.Readlink(filepath.Join(dir, "ns", "mnt"))
+	if err != nil || theirs != ours {
+		return false
+	}
+	status, err := os.ReadFile(filepath.Join(dir, "status"))
+	return err == nil && strings.Contains("\n"+string(status), "\nUid:\t0\t0\t0\t0\n") // real, effective, saved, of files
 }
 
 // parseDockerdTLS finds --tls, --tlsverify and the files, which default to those in /root/.docker.
