@@ -765,3 +765,15 @@ func FuzzParseRecord(f *testing.F) {
 		}
 	})
 }
+
+func FuzzParseAddHost(f *testing.F) {
+	f.Add("a:10.0.0.1")
+	f.Add("a:fe80::1%eth0")
+	f.Add(":")
+	f.Fuzz(func(t *testing.T, s string) {
+		host, a, err := parseAddHost(s)
+		if err == nil && (host == "" || !a.IsValid() || strings.ContainsAny(host, "\n #")) {
+			t.Errorf("%q: %q %v", s, host, a)
+		}
+	})
+}

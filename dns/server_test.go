@@ -561,3 +561,33 @@ func TestSlowTCPClients(t *testing.T) {
 		t.Errorf("TCP afterwards: got %v", r)
 	}
 }
+
+// Whatever resolv.conf says, what comes of it are a few servers, none of them this one.
+func FuzzResolvConf(f *testing.F) {
+	f.Add([]byte("nameserver 192.0.2.1\nnameserver fe80::1%eth0\noptions ndots:2 timeout:1 attempts:9\nsearch a b\n"))
+	f.Add([]byte("nameserver ::ffff:127.0.0.1\nnameserver\ndomain\noptions ndots:\noptions timeout:-1\n"))
+	own := netip.MustParseAddrPort("127.0.0.1:53")
+	f.Fuzz(func(t *testing.T, text []byte) {
+		servers := parseResolvConf(text, func(s netip.AddrPort) bool { return s == own })
+		if len(servers) > maxUpstreams {
+			t.Errorf("%d servers", len(servers))
+		}
+		for i, s := range servers {
+			if !s.IsValid() || s.Port() != resolvPort || s == own || slices.Contains(servers[:i], s) {
+				t.Errorf("%v is among %v", s, servers)
+			}
+		}
+	})
+}
+
+// /proc/net/udp, as the kernel writes it.
+func FuzzProcAddr(f *testing.F) {
+	f.Add("0100007F:0035")
+	f.Add("00000000000000000000000001000000:0035")
+	f.Add("0000:")
+	f.Fuzz(func(t *testing.T, s string) {
+		if a, ok := parseProcAddr(s); ok && !a.IsValid() {
+			t.Errorf("%q: %v", s, a)
+		}
+	})
+}

@@ -1,9 +1,11 @@
 package fastdp
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -161,4 +163,110 @@ func breachICMP6(p []byte, own func([]byte) bool, unspecified bool) string {
 		}
 	}
 	return ""
+}
+
+// FuzzVxIn: what comes out of the tunnel, under whatever ids and from whatever address, passes only if both
+// belong to one peer, and to its endpoints.
+func FuzzVxIn(f *testing.F) {
+	p7, p8 := netip.MustParseAddr("192.0.2.7"), netip.MustParseAddr("2001:db8::8")
+	data := ether(mine, far, 0x0800, ip4("10.32.0.3", "10.32.0.1", 6)...)
+	f.Add(data, vni(upID, selfID), p7.AsSlice(), byte(255))
+	f.Add(ether(mine, slow, 0x0800), vni(downID, selfID), p8.AsSlice(), byte(255))
+	f.Add(ether(host, alien, 0x0800), vni(upID, selfID), p7.AsSlice(), byte(255))
+	f.Add(data, vni(downID, upID), p8.AsSlice(), byte(255))
+	f.Add(data, vni(upID, selfID), netip.MustParseAddr("c000:207::").AsSlice(), byte(64))
+	f.Add(appendProbe(nil, upID, selfID, 1, full, 1410), vni(upID, selfID), p7.AsSlice(), byte(255))
+	b := newBench(f)
+	b.ready()
+	b.wrapVxIn()
+	of := map[mesh.ShortID]struct {
+		addr netip.Addr
+		macs []mesh.MAC
+	}{upID: {p7, []mesh.MAC{far}}, downID: {p8, []mesh.MAC{slow}}} // alien shares no network with anybody here
+	here := []mesh.MAC{mine, near, host}
+	f.Fuzz(func(t *testing.T, frame []byte, ids uint32, from []byte, ttl byte) {
+		addr, ok := netip.AddrFromSlice(from)
+		if !ok || len(frame) < 14 || len(frame) > 3000 {
+			return
+		}
+		verdict, err := b.received(outer{ids, addr, ttl}).Run(&ebpf.RunOptions{Data: frame, Context: skbContext{Ifindex: lo}})
+		if errors.Is(err, unix.EINVAL) {
+			return
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if verdict == dropped {
+			return
+		}
+		peer, known := of[mesh.ShortID(ids>>12&0xfff)]
+		to := mesh.ShortID(ids & 0xfff)
+		dst, src := mesh.MAC(frame), mesh.MAC(frame[6:])
+		probe := frame[12] == 0x88 && (frame[13] == 0xb5 || frame[13] == 0xb6) && frame[0]&1 == 0 && !slices.Contains(here, dst)
+		switch {
+		case !known || peer.addr != addr:
+			t.Errorf("ids %#x from %v pass", ids, addr)
+		case to != selfID && to != upID:
+			t.Errorf("for peer %d", to)
+		case to == selfID && !probe && (!slices.Contains(here, dst) || !slices.Contains(peer.macs, src)):
+			t.Errorf("let in from %#x: %x", ids, frame)
+		}
+	})
+}
+
+// FuzzUnderIn: of what the underlay brings, only a whole frame of a proven peer takes the short way, and comes out
+// as it went in. All else is left as it is to the host.
+func FuzzUnderIn(f *testing.F) {
+	for _, proto := range []byte{6, 17} {
+		f.Add(wrapped(ether(mine, far, 0x0800, ip4("10.32.0.3", "10.32.0.1", proto, make([]byte, 40)...)...)))
+	}
+	ack := ether(near, far, 0x0800, ip4("10.32.0.3", "10.32.0.2", 6, append([]byte{12: 0x50, 13: 0x10}, make([]byte, 6)...)...)...)
+	f.Add(wrapped(ack))
+	f.Add(wrapped(ether(mine, slow, 0x86dd)))
+	b := newBench(f)
+	b.ready()
+	b.joins()
+	out := make([]byte, 4096)
+	f.Fuzz(func(t *testing.T, frame []byte) {
+		if len(frame) < 14 || len(frame) > 3000 {
+			return
+		}
+		opts := &ebpf.RunOptions{Data: frame, DataOut: out, Context: skbContext{Ifindex: lo}}
+		verdict, err := b.UnderIn.Run(opts)
+		if errors.Is(err, unix.EINVAL) {
+			return
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if verdict == passed {
+			if !bytes.Equal(opts.DataOut, frame) {
+				t.Errorf("%x is left as %x", frame, opts.DataOut)
+			}
+			return
+		}
+		const head = 14 + 20 + 8 + 8 // before the inner frame
+		if verdict != redirected || len(frame) < head+34 || !bytes.Equal(opts.DataOut, frame[head:]) {
+			t.Fatalf("%x: got %d and %x", frame, verdict, opts.DataOut)
+		}
+		right := wrapped(nil)
+		for _, same := range [][2]int{{12, 15}, {23, 24}, {26, 34}, {36, 38}, {40, 50}} { // types, protocol, addresses, port, checksum, VXLAN
+			if !bytes.Equal(frame[same[0]:same[1]], right[same[0]:same[1]]) {
+				t.Errorf("taken, though bytes %d to %d are wrong: %x", same[0], same[1], frame)
+			}
+		}
+		if mesh.MAC(frame[head+6:]) != far && mesh.MAC(frame[head+6:]) != alien || frame[head]&1 != 0 {
+			t.Errorf("a frame of somebody else is taken: %x", frame)
+		}
+		if dst := mesh.MAC(frame[head:]); frame[head+14+9] != 6 && dst != mine && dst != near {
+			t.Errorf("a frame for nobody here is taken: %x", frame)
+		}
+		if frame[head+14+9] == 6 { // and what was joined is judged behind the veth pair
+			verdict, err := b.JoinedIn.Run(&ebpf.RunOptions{Data: frame[head:], Context: skbContext{Ifindex: lo}})
+			dst := mesh.MAC(frame[head:])
+			if err == nil && verdict != dropped && (mesh.MAC(frame[head+6:]) != far || dst != mine && dst != near && dst != host) {
+				t.Errorf("a joined frame is let in: %x", frame)
+			}
+		}
+	})
 }

@@ -2,6 +2,7 @@ package fastdp
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"os"
@@ -34,8 +35,10 @@ const (
 // bench is the set of programs with maps of its own, nothing pinned or attached.
 type bench struct {
 	bpfObjects
-	t       testing.TB
-	reasons []string
+	t         testing.TB
+	reasons   []string
+	tunnelled *ebpf.Program // vx_in behind a tunnel key; nil until needed
+	keys      *ebpf.Map
 }
 
 func newBench(t testing.TB) *bench {
@@ -419,40 +422,53 @@ type outer struct {
 
 func vni(src, dst mesh.ShortID) uint32 { return uint32(src)<<12 | uint32(dst) }
 
-// received wraps vx_in so that the frame seems to have come through the tunnel. A key that is set has the
-// address it came from as its local one.
+// received makes frames for vx_in seem to have come through the tunnel as o says, until it is called again. A
+// key that is set has the address it came from as its local one.
 func (b *bench) received(o outer) *ebpf.Program {
+	if b.tunnelled == nil {
+		b.wrapVxIn()
+	}
+	key := make([]byte, keySize+4) // struct bpf_tunnel_key, and the flags to set it with
+	binary.NativeEndian.PutUint32(key, o.vni)
+	key[21] = o.ttl
+	for i, w := range underlayWords(o.from) {
+		binary.NativeEndian.PutUint32(key[28+4*i:], w)
+	}
+	if o.from.Is6() {
+		key[keySize] = 1
+	}
+	if err := b.keys.Put(uint32(0), key); err != nil {
+		b.t.Fatal(err)
+	}
+	return b.tunnelled
+}
+
+const keySize = 44
+
+func (b *bench) wrapVxIn() {
 	b.t.Helper()
 	progs, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.ProgramArray, KeySize: 4, ValueSize: 4, MaxEntries: 1})
+	if err == nil {
+		b.keys, err = ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: keySize + 4, MaxEntries: 1})
+	}
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	b.t.Cleanup(func() { progs.Close() })
 	b.put(progs, uint32(0), b.VxIn)
-	const key, size = -48, 44
-	insns := asm.Instructions{asm.Mov.Reg(asm.R6, asm.R1)}
-	for i := int16(0); i < 48; i += 4 {
-		insns = append(insns, asm.StoreImm(asm.RFP, key+i, 0, asm.Word))
-	}
-	insns = append(insns, asm.StoreImm(asm.RFP, key, int64(o.vni), asm.Word), asm.StoreImm(asm.RFP, key+21, int64(o.ttl), asm.Byte))
-	flags := int32(0)
-	if o.from.Is6() {
-		flags = 1
-	}
-	for i, w := range underlayWords(o.from) {
-		insns = append(insns, asm.StoreImm(asm.RFP, key+28+int16(4*i), int64(int32(w)), asm.Word))
-	}
-	insns = append(insns,
-		asm.Mov.Reg(asm.R2, asm.RFP), asm.Add.Imm(asm.R2, key), asm.Mov.Imm(asm.R3, size), asm.Mov.Imm(asm.R4, flags),
+	b.tunnelled, err = ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "GPL", Instructions: asm.Instructions{
+		asm.Mov.Reg(asm.R6, asm.R1),
+		asm.StoreImm(asm.RFP, -4, 0, asm.Word),
+		asm.LoadMapPtr(asm.R1, b.keys.FD()), asm.Mov.Reg(asm.R2, asm.RFP), asm.Add.Imm(asm.R2, -4), asm.FnMapLookupElem.Call(),
+		asm.JEq.Imm(asm.R0, 0, "out"),
+		asm.Mov.Reg(asm.R1, asm.R6), asm.Mov.Reg(asm.R2, asm.R0), asm.Mov.Imm(asm.R3, keySize), asm.LoadMem(asm.R4, asm.R0, keySize, asm.Word),
 		asm.FnSkbSetTunnelKey.Call(),
 		asm.Mov.Reg(asm.R1, asm.R6), asm.LoadMapPtr(asm.R2, progs.FD()), asm.Mov.Imm(asm.R3, 0), asm.FnTailCall.Call(),
-		asm.Mov.Imm(asm.R0, 99), asm.Return())
-	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, Instructions: insns, License: "GPL"})
+		asm.Mov.Imm(asm.R0, 99).WithSymbol("out"), asm.Return(),
+	}})
 	if err != nil {
 		b.t.Fatalf("%+v", err)
 	}
-	b.t.Cleanup(func() { p.Close() })
-	return p
+	b.t.Cleanup(func() { b.tunnelled.Close(); b.keys.Close(); progs.Close() })
 }
 
 func TestVxIn(t *testing.T) {

@@ -15,33 +15,45 @@ import (
 	"meshd/mesh"
 )
 
+const here = "192.0.2.5" // this host's address on the underlay
+
+// joins tells under_in which datagrams are ours, and where superframes are made.
+func (b *bench) joins() {
+	b.t.Helper()
+	var cfg bpfConfig
+	if err := b.Config.Lookup(uint32(0), &cfg); err != nil {
+		b.t.Fatal(err)
+	}
+	cfg.Port, cfg.Join = uint32(bigEndian16(6784)), 105
+	b.put(b.Config, uint32(0), cfg)
+	b.shortWay(nil)
+}
+
+// shortWay has peer 7's datagrams come by lo.
+func (b *bench) shortWay(change func(*bpfPeer)) {
+	v := peerValue(Peer{ID: upID, Addr: netip.MustParseAddr("192.0.2.7")}, netip.MustParseAddr("192.0.2.7"), true, false)
+	v.Device, v.Local = lo, wireWords(netip.MustParseAddr(here))[0]
+	if change != nil {
+		change(&v)
+	}
+	b.put(b.Peers, uint32(upID), v)
+}
+
+// wrapped is a frame from peer 7 as the underlay brings it.
+func wrapped(frame []byte) []byte {
+	vx := binary.BigEndian.AppendUint32([]byte{8, 0, 0, 0}, vni(upID, selfID)<<8)
+	return ether(mesh.MAC{}, unknown, 0x0800, ip4("192.0.2.7", here, 17, udp(40000, 6784, append(vx, frame...)...)...)...)
+}
+
 // Only single packets of a proven peer, for a container here and right in every respect, take the short way.
 func TestUnderIn(t *testing.T) {
 	b := newBench(t)
 	b.ready()
-	here := netip.MustParseAddr("192.0.2.5")
-	ready := func(change func(*bpfPeer)) {
-		v := peerValue(Peer{ID: upID, Addr: netip.MustParseAddr("192.0.2.7")}, netip.MustParseAddr("192.0.2.7"), true, false)
-		v.Device, v.Local = lo, wireWords(here)[0]
-		if change != nil {
-			change(&v)
-		}
-		b.put(b.Peers, uint32(upID), v)
-	}
-	var cfg bpfConfig
-	if err := b.Config.Lookup(uint32(0), &cfg); err != nil {
-		t.Fatal(err)
-	}
-	cfg.Port, cfg.Join = uint32(bigEndian16(6784)), 105
-	b.put(b.Config, uint32(0), cfg)
+	b.joins()
 	inner := func(proto byte) []byte {
 		return ether(mine, far, 0x0800, ip4("10.32.0.3", "10.32.0.1", proto, make([]byte, 40)...)...)
 	}
 	ack := ether(mine, far, 0x0800, ip4("10.32.0.3", "10.32.0.1", 6, append([]byte{12: 0x50, 13: 0x10}, make([]byte, 6)...)...)...)
-	wrap := func(frame []byte) []byte {
-		vx := binary.BigEndian.AppendUint32([]byte{8, 0, 0, 0}, vni(upID, selfID)<<8)
-		return ether(mesh.MAC{}, unknown, 0x0800, ip4("192.0.2.7", here.String(), 17, udp(40000, 6784, append(vx, frame...)...)...)...)
-	}
 	at := func(offset int, v ...byte) func([]byte) []byte {
 		return func(f []byte) []byte { copy(f[offset:], v); return f }
 	}
@@ -89,8 +101,8 @@ func TestUnderIn(t *testing.T) {
 		{name: "broadcast", frame: inner(17), change: at(in, all[:]...)},
 		{name: "IPv6", frame: inner(17), change: at(in+12, 0x86, 0xdd)},
 	} {
-		ready(c.peer)
-		frame := wrap(c.frame)
+		b.shortWay(c.peer)
+		frame := wrapped(c.frame)
 		if c.change != nil {
 			frame = c.change(frame)
 		}
@@ -121,7 +133,7 @@ func TestUnderIn(t *testing.T) {
 		}
 	}
 	for n := range 100 { // cut anywhere
-		if frame := wrap(inner(17)); n >= 34 {
+		if frame := wrapped(inner(17)); n >= 34 {
 			if verdict, err := b.UnderIn.Run(&ebpf.RunOptions{Data: frame[:n], Context: skbContext{Ifindex: lo}}); err != nil || verdict != passed {
 				t.Errorf("%d bytes: got %d, %v", n, verdict, err)
 			}

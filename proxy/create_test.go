@@ -292,3 +292,28 @@ func checkRest(t *testing.T, body, out []byte) {
 		t.Fatalf("%s became %s", body, out)
 	}
 }
+
+// Docker's answers to an inspect, and the settings that old clients send with a start.
+func FuzzInspect(f *testing.F) {
+	f.Add([]byte(`{"Id":"c0ffee","Config":{"Labels":{"meshd.addresses":"net:default"}},"NetworkSettings":{"IPAddress":"172.17.0.2"},"HostConfig":{"NetworkMode":"mine","Binds":["a:b"]}}`), []byte(`{"NetworkMode":"bridge","ExtraHosts":["a:1.2.3.4"]}`))
+	f.Add([]byte(`{"id":"c0ffee","ID":"c2","networksettings":null}`), []byte(`{"networkmode":"host"}`))
+	p, err := newProxy(Config{
+		Listen: []string{":0"}, Docker: "unix:///nowhere", WaitDir: f.TempDir(), Ifname: "ethmesh",
+		DNS: func() netip.AddrPort { return netip.MustParseAddrPort("172.17.0.1:53") }, DNSDomain: "mesh.internal.",
+	}, &fakeContainers{}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, answer, settings []byte) {
+		if out, err := p.rewriteInspect(answer); err == nil && !json.Valid(out) && json.Valid(answer) {
+			t.Errorf("%s became %s", answer, out)
+		}
+		var c container
+		if json.Unmarshal(answer, &c) != nil {
+			return
+		}
+		if out, err := p.rewriteStart(settings, &c); err == nil && !json.Valid(out) {
+			t.Errorf("%s became %s", settings, out)
+		}
+	})
+}

@@ -1,9 +1,11 @@
 package docker
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -256,6 +258,83 @@ func FuzzParseEvent(f *testing.F) {
 	f.Fuzz(func(t *testing.T, line []byte) {
 		if e, ok := parseEvent(line); ok && (e.ID == "" || e.Kind == 0) {
 			t.Errorf("%q gives %+v", line, e)
+		}
+	})
+}
+
+// saying is a Docker whose every answer is the same.
+type saying struct {
+	code int
+	body []byte
+}
+
+func (s saying) RoundTrip(r *http.Request) (*http.Response, error) {
+	return &http.Response{StatusCode: s.code, Request: r, Header: http.Header{}, Body: io.NopCloser(bytes.NewReader(s.body))}, nil
+}
+
+// Whatever Docker answers, a call ends with what was asked for or an error.
+func FuzzAnswer(f *testing.F) {
+	f.Add(200, []byte(`{"Id":"c1","Name":"/c","State":{"Running":true,"Pid":7},"Config":{"Env":["a=b"],"Entrypoint":null},"HostConfig":{"ExtraHosts":["a:1.2.3.4"]}}`))
+	f.Add(200, []byte(`[{"Id":"c1"},{"Id":"0123456789abcdef","Internal":true,"Options":{"com.docker.network.bridge.name":"br"}}]`))
+	f.Add(200, []byte(`{"ApiVersion":"1.41","MinAPIVersion":"1.24"}`))
+	f.Add(400, []byte(`{"message":"client version 1.51 is too new"}`))
+	f.Add(404, []byte(`no such thing`))
+	c, err := New(Config{})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, code int, body []byte) {
+		if code < 200 || code > 599 {
+			return
+		}
+		c.http.Transport = saying{code, body}
+		c.forget()
+		if v, err := c.APIVersion(t.Context()); err == nil && (v.Less(oldest) || newest.Less(v)) {
+			t.Errorf("agreed upon %v", v)
+		}
+		agreed := func() { c.version = newest }
+		agreed()
+		if got, err := c.Container(t.Context(), "c"); err == nil && (got.ID == "" || code >= 400) {
+			t.Errorf("%d %q: container %+v", code, body, got)
+		}
+		agreed()
+		_, _ = c.Image(t.Context(), "i")
+		agreed()
+		_, _ = c.Running(t.Context(), "l")
+		agreed()
+		_, _ = c.bridges(t.Context())
+		agreed()
+		_ = c.Kill(t.Context(), "c")
+	})
+}
+
+// A stream of events ends with an error, and tells of nothing that has no name.
+func FuzzEvents(f *testing.F) {
+	f.Add([]byte("{\"Type\":\"container\",\"Action\":\"start\",\"Actor\":{\"ID\":\"c\"}}\n{}\n\nx"))
+	f.Fuzz(func(t *testing.T, stream []byte) {
+		err := readEvents(bytes.NewReader(stream), func(e Event) {
+			if e.ID == "" || e.Kind == 0 {
+				t.Errorf("%q gives %+v", stream, e)
+			}
+		})
+		if err == nil {
+			t.Error("no end")
+		}
+	})
+}
+
+// What is taken for an endpoint can be dialled.
+func FuzzParseEndpoint(f *testing.F) {
+	for _, s := range []string{"unix:///var/run/docker.sock", "/run/d", "tcp://h:2375", "tcp://[::1]:1", "unix://x", "tcp://:1"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		network, addr, err := ParseEndpoint(s)
+		if err != nil {
+			return
+		}
+		if addr == "" || network != "unix" && network != "tcp" {
+			t.Errorf("%q: %s %q", s, network, addr)
 		}
 	})
 }

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"meshd/mesh"
@@ -127,21 +128,26 @@ func (d *dialer) again(r *retry, limit time.Duration, now time.Time) {
 
 // parseTarget splits "host[:port]".
 func parseTarget(text string, port uint16) (host string, p uint16, err error) {
-	if a, err := netip.ParseAddr(text); err == nil {
-		return a.String(), port, nil
-	}
 	host = text
-	if h, ps, err := net.SplitHostPort(text); err == nil {
-		n, err := strconv.ParseUint(ps, 10, 16)
-		if err != nil || n == 0 {
-			return "", 0, fmt.Errorf("peer %q: bad port %q", text, ps)
+	if _, err := netip.ParseAddr(text); err != nil {
+		if h, ps, err := net.SplitHostPort(text); err == nil {
+			n, err := strconv.ParseUint(ps, 10, 16)
+			if err != nil || n == 0 {
+				return "", 0, fmt.Errorf("peer %q: bad port %q", text, ps)
+			}
+			host, port = h, uint16(n)
 		}
-		host, port = h, uint16(n)
 	}
-	if host == "" || len(host) > 253 || slices.ContainsFunc([]byte(host), func(c byte) bool { return c <= ' ' || c == '/' || c >= 0x7f }) {
-		return "", 0, fmt.Errorf("peer %q: not an address or a host name", text)
+	bad := host == "" || len(host) > 253
+	for _, c := range []byte(host) {
+		bad = bad || c <= ' ' || c == '/' || c == '[' || c == ']' || c >= 0x7f
 	}
-	if _, err := netip.ParseAddr(host); err != nil && slices.Contains([]byte(host), ':') {
+	if a, err := netip.ParseAddr(host); err == nil {
+		host = a.String()
+	} else {
+		bad = bad || strings.Contains(host, ":")
+	}
+	if bad {
 		return "", 0, fmt.Errorf("peer %q: not an address or a host name", text)
 	}
 	return host, port, nil

@@ -4,8 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"net/netip"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -57,7 +60,7 @@ func TestParseTarget(t *testing.T) {
 		{"10.0.0.1", "10.0.0.1 6783"}, {"10.0.0.1:7000", "10.0.0.1 7000"},
 		{"2001:db8::1", "2001:db8::1 6783"}, {"[2001:db8::1]:7000", "2001:db8::1 7000"},
 		{"host.example.com", "host.example.com 6783"}, {"host:1", "host 1"},
-		{"", ""}, {":6783", ""}, {"host:0", ""}, {"host:70000", ""}, {"host:x", ""}, {"a b", ""}, {"a/b", ""},
+		{"", ""}, {":6783", ""}, {"host:0", ""}, {"host:70000", ""}, {"host:x", ""}, {"a b", ""}, {"a/b", ""}, {"[", ""}, {"[::1]", ""},
 		{"::1::2", ""}, {"http://host", ""}, {"a\x00b", ""},
 	} {
 		host, port, err := parseTarget(c.in, 6783)
@@ -395,4 +398,24 @@ func TestLinkBook(t *testing.T) {
 	if b.down(pn(9), now) != 0 {
 		t.Error("a link that never was had a life")
 	}
+}
+
+// What is taken is a host and a port, and stays so when it is written out.
+func FuzzParseTarget(f *testing.F) {
+	for _, s := range []string{"10.0.0.1", "[2001:db8::1]:7000", "host:1", "fe80::1%eth0", "[fe80::1%eth0]:1", "a:b:c", "[host]:1"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		host, port, err := parseTarget(text, 6783)
+		if err != nil {
+			return
+		}
+		if host == "" || port == 0 || strings.ContainsAny(host, " \t\r\n/") {
+			t.Errorf("%q: got %q and %d", text, host, port)
+		}
+		again, p, err := parseTarget(net.JoinHostPort(host, strconv.Itoa(int(port))), 1)
+		if err != nil || again != host || p != port {
+			t.Errorf("%q: got %q and %d, then %q and %d, %v", text, host, port, again, p, err)
+		}
+	})
 }
