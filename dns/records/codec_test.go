@@ -152,7 +152,7 @@ func FuzzDelta(f *testing.F) {
 			t.Fatal(err)
 		}
 		b = encodeAll(recs...) // as the fuzzer will not find signatures; without what was appended
-		for range 2 { // a floor of ours from a life that we do not know is taken once we are above it
+		for range 2 {          // a floor of ours from a life that we do not know is taken once we are above it
 			if _, err := table.Merge(mesh.PeerName{1}, b); err != nil {
 				t.Fatal(err)
 			}

@@ -1,12 +1,14 @@
 package tunnel
 
 import (
+	"crypto/aes"
+	"crypto/cipher"
 	"crypto/rand"
+	"crypto/subtle"
 	"encoding/binary"
 	"net/netip"
 	"time"
 
-	"golang.org/x/crypto/blake2s"
 	"golang.org/x/crypto/chacha20poly1305"
 
 	"meshd/mesh"
@@ -29,8 +31,9 @@ const (
 
 // baker makes and checks cookies. Not safe for concurrent use.
 type baker struct {
-	current, previous [32]byte
+	current, previous cipher.Block
 	changed           time.Time
+	nonce             [chacha20poly1305.NonceSizeX]byte // of the last cookie: a random start, and a count
 }
 
 func (b *baker) rotate(now time.Time) {
@@ -39,10 +42,20 @@ func (b *baker) rotate(now time.Time) {
 	}
 	b.previous = b.current
 	if b.changed.IsZero() || now.Sub(b.changed) >= 2*cookieAge {
-		fill(b.previous[:])
+		b.previous = newOven()
 	}
-	fill(b.current[:])
-	b.changed = now
+	b.current, b.changed = newOven(), now
+	fill(b.nonce[:])
+}
+
+func newOven() cipher.Block {
+	var key [32]byte
+	fill(key[:])
+	block, err := aes.NewCipher(key[:])
+	if err != nil {
+		panic(err) // only for a key of another length
+	}
+	return block
 }
 
 func fill(b []byte) {
@@ -51,26 +64,30 @@ func fill(b []byte) {
 	}
 }
 
-func bake(secret [32]byte, from origin) [macLen]byte {
-	h, err := blake2s.New128(secret[:])
-	if err != nil {
-		panic(err)
-	}
-	addr := from.addr.Addr().As16()
-	h.Write(addr[:])
-	h.Write(binary.BigEndian.AppendUint16(nil, from.addr.Port()))
+// bake is a CBC-MAC: all messages have the same length, so it is a PRF, and the cheapest that there is.
+func bake(oven cipher.Block, from origin) (cookie [macLen]byte) {
+	var where [macLen]byte
+	binary.BigEndian.PutUint16(where[:], from.addr.Port())
 	if from.relayed {
-		h.Write(from.src[:])
+		where[2] = 1
+		copy(where[3:], from.src[:])
 	}
-	return [macLen]byte(h.Sum(nil))
+	cookie = from.addr.Addr().As16()
+	oven.Encrypt(cookie[:], cookie[:])
+	subtle.XORBytes(cookie[:], cookie[:], where[:])
+	oven.Encrypt(cookie[:], cookie[:])
+	return cookie
 }
 
 // proven reports whether the MAC 2 of a hello1 was made with a cookie for that origin.
 func (b *baker) proven(hello1 []byte, from origin, now time.Time) bool {
-	b.rotate(now)
 	end := len(hello1) - macLen
-	for _, secret := range [][32]byte{b.current, b.previous} {
-		cookie := bake(secret, from)
+	if [macLen]byte(hello1[end:]) == ([macLen]byte{}) {
+		return false // as everybody begins: most of a flood
+	}
+	b.rotate(now)
+	for _, oven := range []cipher.Block{b.current, b.previous} {
+		cookie := bake(oven, from)
 		if macEqual(mac(cookie[:], hello1[:end]), hello1[end:]) {
 			return true
 		}
@@ -81,18 +98,14 @@ func (b *baker) proven(hello1 []byte, from origin, now time.Time) bool {
 // reply makes the datagram that hands a cookie to the sender of a hello1 that bears the MAC of s.
 func (b *baker) reply(s *secret, hello1 []byte, from origin, now time.Time) []byte {
 	b.rotate(now)
+	count := b.nonce[len(b.nonce)-8:]
+	binary.BigEndian.PutUint64(count, binary.BigEndian.Uint64(count)+1)
 	out := make([]byte, 0, cookieLen)
 	out = append(out, typeCookie, wireVersion, 0, 0)
 	out = append(out, hello1[4:8]...)
-	var nonce [chacha20poly1305.NonceSizeX]byte
-	fill(nonce[:])
-	out = append(out, nonce[:]...)
+	out = append(out, b.nonce[:]...)
 	cookie := bake(b.current, from)
-	aead, err := chacha20poly1305.NewX(s.cookie[:])
-	if err != nil {
-		panic(err)
-	}
-	return aead.Seal(out, nonce[:], cookie[:], hello1[len(hello1)-2*macLen:len(hello1)-macLen])
+	return s.cookie.Seal(out, b.nonce[:], cookie[:], hello1[len(hello1)-2*macLen:len(hello1)-macLen])
 }
 
 // openCookie reads a cookie datagram that answers hello1.
@@ -100,12 +113,8 @@ func openCookie(s *secret, datagram, hello1 []byte) (cookie [macLen]byte, ok boo
 	if len(datagram) < cookieLen || datagram[0] != typeCookie || datagram[1] != wireVersion {
 		return cookie, false
 	}
-	aead, err := chacha20poly1305.NewX(s.cookie[:])
-	if err != nil {
-		panic(err)
-	}
 	sealed := datagram[cookieHeaderLen+chacha20poly1305.NonceSizeX : cookieLen]
-	out, err := aead.Open(nil, datagram[cookieHeaderLen:cookieHeaderLen+chacha20poly1305.NonceSizeX], sealed,
+	out, err := s.cookie.Open(nil, datagram[cookieHeaderLen:cookieHeaderLen+chacha20poly1305.NonceSizeX], sealed,
 		hello1[len(hello1)-2*macLen:len(hello1)-macLen])
 	if err != nil {
 		return cookie, false

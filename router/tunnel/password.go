@@ -1,10 +1,12 @@
 package tunnel
 
 import (
+	"crypto/cipher"
 	"crypto/subtle"
 
 	"golang.org/x/crypto/argon2"
 	"golang.org/x/crypto/blake2s"
+	"golang.org/x/crypto/chacha20poly1305"
 )
 
 // PSK is a password after stretching: the pre-shared key of the Noise handshake. The zero value stands
@@ -45,15 +47,20 @@ func (k PSK) GoString() string { return "tunnel.PSK(hidden)" }
 // secret is a PSK with the keys that guard the handshake's outside derived from it.
 type secret struct {
 	psk    PSK
-	mac1   [32]byte // key of the first MAC of every handshake datagram
-	cookie [32]byte // key that cookies are sealed with
+	mac1   [32]byte    // key of the first MAC of every handshake datagram
+	cookie cipher.AEAD // that cookies are sealed with
 }
 
 func newSecret(psk PSK) secret {
 	derive := func(label string) [32]byte {
 		return blake2s.Sum256(append([]byte(label), psk[:]...))
 	}
-	return secret{psk, derive("meshd mac1 1"), derive("meshd cookie 1")}
+	key := derive("meshd cookie 1")
+	cookie, err := chacha20poly1305.NewX(key[:])
+	if err != nil {
+		panic(err) // only for a key of another length
+	}
+	return secret{psk, derive("meshd mac1 1"), cookie}
 }
 
 // newSecrets makes the key ring: all are accepted, the first is the one we dial with. It is never empty,
