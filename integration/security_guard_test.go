@@ -363,7 +363,14 @@ func (w *world) flood(h1, h2 *lab.Host, a, v1, v2 *member, f *lab.Frames, limite
 	victim := w.mac(v2)
 	before, known, pid := fdb(h1)+fdb(h2), macs(h1)+macs(h2), h1.Meshd()
 	others := w.watch(v1, v2, 2*time.Millisecond)
-	const flood = 20000
+	resident := func() (sum int64) {
+		for _, h := range []*lab.Host{h1, h2} {
+			sum += int64(w.usage(h).rss) << 10
+		}
+		return sum
+	}
+	resting := resident()
+	flood := scaled(20_000, 1_000_000)
 	for i := range flood {
 		src := []byte{2, 0xf0, byte(i >> 24), byte(i >> 16), byte(i >> 8), byte(i)}
 		if err := f.Send(ether(victim, src, 0x800, ip4(a.addr, v2.addr, 17, udp(9, 9, nil))...)); err != nil {
@@ -375,6 +382,11 @@ func (w *world) flood(h1, h2 *lab.Host, a, v1, v2 *member, f *lab.Frames, limite
 	}
 	if now := macs(h1) + macs(h2); now > known+2 {
 		w.t.Errorf("after %d made-up MACs meshd knows %d more", flood, now-known)
+	}
+	more := float64(resident()-resting) / (1 << 20)
+	w.t.Logf("%d made-up MACs: both meshds together have %+.1f MB", flood, more)
+	if more > 2*5 {
+		w.t.Errorf("two meshds have grown by %.1f MB, each may by 5", more)
 	}
 	count, err := v2.OpenFrames("ethmesh")
 	w.try(err)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -16,6 +17,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"meshd/integration/lab"
 )
@@ -311,32 +314,126 @@ func (w *world) dropped(h *lab.Host) (sum uint64) {
 // changePassword makes all hosts use a new password, and forget the others.
 func (w *world) changePassword(password string, hosts ...*lab.Host) {
 	w.t.Helper()
+	old := w.addPassword(password, hosts...)
+	w.rest(500 * time.Millisecond)
+	w.removePasswords(old)
+	w.rest(500 * time.Millisecond)
+}
+
+// addPassword makes all hosts use a new password, and returns the others that they know.
+func (w *world) addPassword(password string, hosts ...*lab.Host) map[*lab.Host][]string {
+	w.t.Helper()
+	lists, ids := make([]string, len(hosts)), make([]string, len(hosts))
+	var adding, using errgroup.Group
+	adding.SetLimit(2) // each takes 128 MiB for a moment
+	for i, h := range hosts {
+		adding.Go(func() (err error) {
+			if lists[i], err = h.Must(w.ctx, "password", "list"); err != nil {
+				return err
+			}
+			r, err := h.RunWith(w.ctx, func(c *exec.Cmd) { c.Stdin = strings.NewReader(password + "\n") }, "meshctl", "password", "add")
+			if err == nil && r.Exit != 0 {
+				err = errors.New(r.String())
+			}
+			ids[i] = strings.TrimSpace(r.Stdout)
+			return err
+		})
+	}
+	w.try(adding.Wait())
 	old := map[*lab.Host][]string{}
-	var id string
-	for _, h := range hosts {
-		list, err := h.Must(w.ctx, "password", "list")
-		w.try(err)
-		for line := range strings.Lines(list) {
+	for i, h := range hosts {
+		for line := range strings.Lines(lists[i]) {
 			old[h] = append(old[h], strings.Trim(line, "* \n"))
 		}
-		r, err := h.RunWith(w.ctx, func(c *exec.Cmd) { c.Stdin = strings.NewReader(password + "\n") }, "meshctl", "password", "add")
-		if err != nil || r.Exit != 0 {
-			w.t.Fatal(err, r)
-		}
-		id = r.Stdout
+		using.Go(func() error {
+			_, err := h.Must(w.ctx, "password", "use", ids[i])
+			return err
+		})
 	}
-	for _, h := range hosts {
-		_, err := h.Must(w.ctx, "password", "use", strings.TrimSpace(id))
+	w.try(using.Wait())
+	return old
+}
+
+func (w *world) removePasswords(old map[*lab.Host][]string) {
+	w.t.Helper()
+	var g errgroup.Group
+	for h, ids := range old {
+		g.Go(func() error {
+			for _, id := range ids {
+				if _, err := h.Must(w.ctx, "password", "remove", id); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	w.try(g.Wait())
+}
+
+// TestPasswordRotations is M8: the password of a mesh is changed again and again while containers on all hosts but
+// one talk in a ring, and that one dies and comes back in the middle of it.
+func TestPasswordRotations(t *testing.T) {
+	hosts, rotations := scaled(4, 16), scaled(2, 50)
+	w := newWorld(t, hosts+1, time.Duration(hosts)*5*time.Second+time.Duration(rotations)*20*time.Second)
+	all, stranger := w.Hosts[:hosts], w.Host(hosts+1)
+	h1, mortal := all[0], all[hosts-1]
+	password := []string{"MESH_PASSWORD=" + secret}
+	var members []*member
+	for i, h := range all {
+		if i == 0 {
+			w.launchWith(h, password)
+		} else {
+			w.launchWith(h, password, h1.Addr.String())
+		}
+	}
+	_, err := lab.WaitMesh(w.ctx, 30*time.Second, all...)
+	w.try(err)
+	for i, h := range all[:hosts-1] {
+		members = append(members, w.netns(h, fmt.Sprintf("c%d", i+1), fmt.Sprintf("10.2.1.%d/24", i+1)))
+	}
+	next := func(i int) *member { return members[(i+1)%len(members)] }
+	var talks []*watched
+	for i, c := range members {
+		_, err := c.WaitPing(w.ctx, next(i).addr, 10*time.Second)
 		w.try(err)
 	}
-	w.rest(500 * time.Millisecond)
-	for _, h := range hosts {
-		for _, o := range old[h] {
-			_, err := h.Must(w.ctx, "password", "remove", o)
+	for i, c := range members {
+		talks = append(talks, w.watch(c, next(i), 5*time.Millisecond))
+	}
+	start, worst := time.Now(), time.Duration(0)
+	for r := range rotations {
+		old := w.addPassword(fmt.Sprintf("rotation-%d", r), all...)
+		if r%5 == 1 {
+			w.gone(mortal, syscall.SIGKILL)
+			w.launchWith(mortal, nil, "--resume") // its ring is on disk
+			took, err := lab.WaitMesh(w.ctx, 20*time.Second, all...)
 			w.try(err)
+			worst = max(worst, took)
+		}
+		w.rest(500 * time.Millisecond)
+		w.removePasswords(old)
+	}
+	t.Logf("%d rotations on %d hosts in %v", rotations, hosts, time.Since(start).Round(time.Second))
+	w.within("who knows the new password to join", worst, 10*time.Second)
+	w.rest(11 * time.Second) // what was made with the last but one ends
+	sent, lost := uint64(0), false
+	for i, p := range talks {
+		r := w.end(p)
+		sent += uint64(r.Sent)
+		if r.Lost+r.Duplicated > 0 {
+			t.Errorf("%s to %s: %v", members[i].Name, next(i).Name, r)
+			lost = true
 		}
 	}
-	w.rest(500 * time.Millisecond)
+	t.Logf("%d datagrams, some lost: %v", sent, lost)
+	w.launchWith(stranger, password, h1.Addr.String())
+	w.rest(3 * time.Second)
+	if got := stranger.Established(w.ctx); len(got) > 0 {
+		t.Errorf("with the first password it still gets in: %v", got)
+	}
+	if _, in := h1.Established(w.ctx)[stranger.Name]; in {
+		t.Error("h1 has taken in a host with an old password")
+	}
 }
 
 // TestPasswordOnOldKernelPath gives a mesh whose kernel path is at work its first password. What the kernel

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -351,13 +352,28 @@ func TestIsolation(t *testing.T) {
 	}
 }
 
-// A million forged sources: the table keeps its size, announced endpoints stay, and unknown ones still flow.
+// A million forged sources, here and at a peer: the table keeps its size, no memory is taken, announced endpoints
+// stay, and unknown ones still flow (L5).
 func TestMACFlood(t *testing.T) {
 	s := testSwitch()
+	heap := func() int64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc)
+	}
+	before := heap()
 	f := frame(broadcast, mesh.MAC{0x0a}, 0x800)
 	for i := range 1_000_000 {
 		f[7], f[8], f[9] = byte(i>>16), byte(i>>8), byte(i)
 		s.FromBridge(f, nil, t0)
+		f[9]++
+		s.FromPeer(f, pn(3), t0)
+	}
+	more := heap() - before
+	t.Logf("a million addresses take %d bytes", more)
+	if more > 5<<20 {
+		t.Errorf("a million addresses take %.1f MB, want at most 5", float64(more)/(1<<20))
 	}
 	if n := len(s.MACs()); n > fdbSets*fdbWays+5 {
 		t.Errorf("%d addresses known", n)

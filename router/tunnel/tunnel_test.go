@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"os"
 	"strings"
@@ -718,46 +719,98 @@ func TestCounterNeverWraps(t *testing.T) {
 	}
 }
 
-// The password ring is turned under traffic: add, use, remove (M8).
+// The password ring is turned under traffic: add, use, remove, one peer after the other; and in the middle of it a
+// peer that knows the new password comes back from the dead (M8).
 func TestPasswordRotation(t *testing.T) {
+	peers, rotations := 4, 10
+	if os.Getenv("MESHD_LONG") != "" {
+		peers, rotations = 16, 50
+	}
 	bubble(t, func(t *testing.T) []*node {
 		n := newMemNet(5)
-		a := startNode(t, n, 1, "10.0.0.1:6783", password(pskOne))
-		b := startNode(t, n, 2, "10.0.0.2:6783", password(pskOne))
-		a.tun.Dial(b.conn.addr)
-		until(t, time.Second, "link", func() bool { return linked(a, b) && linked(b, a) })
-		sent := 0
-		traffic := func(d time.Duration) {
-			for end := time.Now().Add(d); time.Now().Before(end); sent++ {
-				a.tun.Send(b.name(), []byte("x"))
-				wait(10 * time.Millisecond)
-			}
+		quiet := func(ring []PSK) func(*Config) {
+			return func(c *Config) { c.PSKs, c.Log = ring, slog.New(slog.DiscardHandler) }
 		}
-		from, to := pskOne, pskTwo
-		for range 10 {
-			for _, ring := range [][]PSK{{from, to}, {to, from}, {to}} {
-				for _, x := range []*node{a, b} {
-					x.tun.SetPSKs(ring)
-					traffic(3 * time.Second)
+		var all []*node
+		start := func(i int, ring []PSK) *node {
+			x := startNode(t, n, byte(i+1), fmt.Sprintf("10.0.0.%d:6783", i+1), quiet(ring))
+			for _, y := range all[:min(i, len(all))] {
+				x.tun.Dial(y.conn.addr)
+			}
+			return x
+		}
+		meshed := func(who []*node) bool {
+			for _, x := range who {
+				for _, y := range who {
+					if x != y && !linked(x, y) {
+						return false
+					}
 				}
 			}
-			traffic(15 * time.Second)
+			return true
+		}
+		for i := range peers {
+			all = append(all, start(i, []PSK{pskOne}))
+		}
+		until(t, 5*time.Second, "full mesh", func() bool { return meshed(all) })
+		last := peers - 1 // it is the one that dies
+		sent := 0         // by each to each
+		traffic := func(d time.Duration) {
+			for end := time.Now().Add(d); time.Now().Before(end); sent++ {
+				for _, x := range all[:last] {
+					for _, y := range all[:last] {
+						if x != y {
+							x.tun.Send(y.name(), []byte("x"))
+						}
+					}
+				}
+				wait(50 * time.Millisecond)
+			}
+		}
+		from, to, worst := pskOne, pskTwo, time.Duration(0)
+		for r := range rotations {
+			for step, ring := range [][]PSK{{from, to}, {to, from}, {to}} {
+				for _, x := range all {
+					x.tun.SetPSKs(ring)
+					traffic(300 * time.Millisecond)
+				}
+				if step == r%3 {
+					all[last].kill()
+					traffic(500 * time.Millisecond)
+					all[last] = start(last, ring)
+					back := time.Now()
+					for !meshed(all) {
+						if time.Since(back) > 5*time.Second {
+							t.Fatalf("rotation %d, step %d: no full mesh with the new peer", r, step)
+						}
+						traffic(50 * time.Millisecond)
+					}
+					worst = max(worst, time.Since(back))
+				}
+			}
+			traffic(retireGrace + 2*time.Second)
 			from, to = to, from
 		}
 		wait(time.Second)
-		if got := len(b.got()); got != sent {
-			t.Errorf("sent %d, received %d", sent, got)
+		for i, x := range all[:last] {
+			if got, want := len(x.got()), sent*(last-1); got != want {
+				t.Errorf("peer %d: %d of %d messages", i+1, got, want)
+			}
+			for _, ev := range x.took(router.LinkDown) {
+				if ev.Link.Peer.Name != all[last].name() {
+					t.Errorf("peer %d: link to %v lost: %v", i+1, ev.Link.Peer.Name, ev.Err)
+				}
+			}
 		}
-		if d := append(a.took(router.LinkDown), b.took(router.LinkDown)...); len(d) != 0 {
-			t.Errorf("link lost: %v", d[0].Err)
-		}
+		t.Logf("%d peers, %d rotations: %d messages between each two; who came back was there after %v at most", peers, rotations, sent, worst)
 		// The one who keeps to a removed password is out after the grace time.
+		a, b := all[0], all[1]
 		a.tun.SetPSKs([]PSK{{9}})
 		wait(retireGrace + 8*time.Second)
 		if linked(a, b) || linked(b, a) {
 			t.Error("linked with a removed password")
 		}
-		return []*node{a, b}
+		return all
 	})
 }
 
