@@ -58,6 +58,7 @@ func sample(t testing.TB) Report {
 			Targets:          []string{"192.168.48.14", "host5:6783"},
 			MACs:             []MACEntry{{Mac: mesh.MAC{2, 0, 0, 0, 0, 1}, Name: host2, NickName: "host2"}},
 			Drops:            map[string]uint64{"runt": 3, "forged_source": 1},
+			Clashes:          []Clash{{Address: "10.32.0.9", Peers: []mesh.PeerName{host2, host3}}},
 			Offences: []Offence{
 				{ContainerID: "eebd81120ee4a0c2", Mac: mesh.MAC{2, 0, 0, 0, 0, 9}, Reason: "arp", Frames: 1000},
 				{ContainerID: "eebd81120ee4a0c2", Mac: mesh.MAC{2, 0, 0, 0, 0, 9}, Reason: "source_ip4", Frames: 7},

@@ -53,8 +53,15 @@ type Router struct {
 	MACs               []MACEntry
 	Drops              map[string]uint64 // frames and datagrams dropped, by reason
 	Offences           []Offence         // what the port guard caught, by container and reason
+	Clashes            []Clash           // addresses that more than one peer announces
 	Traffic            []PeerTraffic
 	Flows              int // entries of the kernel path's tables
+}
+
+// Clash is a MAC or IP address that more than one peer announces.
+type Clash struct {
+	Address string
+	Peers   []mesh.PeerName // the first is whom frames go to
 }
 
 // Offence counts the frames of one port that the port guard dropped for one reason.

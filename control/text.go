@@ -115,6 +115,25 @@ func (r *Router) summary(b *block) {
 	for _, line := range r.offenders() {
 		b.line("Caught", "%s", line)
 	}
+	for _, c := range r.Clashes {
+		var also []string
+		for _, p := range c.Peers[min(1, len(c.Peers)):] {
+			also = append(also, r.peer(p))
+		}
+		if len(also) > 0 {
+			b.line("Clash", "%s of %s is announced by %s too", c.Address, r.peer(c.Peers[0]), strings.Join(also, ", "))
+		}
+	}
+}
+
+// peer names a peer with its nickname where that is known.
+func (r *Router) peer(name mesh.PeerName) string {
+	for _, p := range r.Peers {
+		if p.Name == name {
+			return peerText(name, p.NickName)
+		}
+	}
+	return name.String()
 }
 
 // offenders has a line for each port that sent what it may not, the worst first.

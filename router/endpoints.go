@@ -1,6 +1,7 @@
 package router
 
 import (
+	"cmp"
 	"maps"
 	"net/netip"
 	"slices"
@@ -20,6 +21,13 @@ type endpoints struct {
 	byMAC   map[mesh.MAC]map[endpointKey]bool
 	byIP    map[netip.Addr]map[endpointKey]bool
 	subnets map[netip.Prefix]map[mesh.PeerName]int // how many endpoints a peer has in it
+	flags   map[mesh.PeerName]PeerFlags
+	since   map[endpointKey]uint64 // in which order they were announced
+	changes uint64                 // counts them
+
+	// What more than one peer announces.
+	contestedMACs map[mesh.MAC]bool
+	contestedIPs  map[netip.Addr]bool
 }
 
 const shards = 256
@@ -33,7 +41,7 @@ type endpointKey struct {
 // known is what gossip says of a MAC. More than one peer may announce it for a moment, when an endpoint
 // moves; all of them may send from it then.
 type known struct {
-	peer    mesh.PeerName // whom frames to it go to: this peer if it is among them, else the lowest
+	peer    mesh.PeerName // whom frames to it go to: see precedes
 	peers   []mesh.PeerName
 	subnets []netip.Prefix // of all its addresses, sorted
 }
@@ -71,7 +79,40 @@ func newEndpoints() *endpoints {
 		byMAC:   map[mesh.MAC]map[endpointKey]bool{},
 		byIP:    map[netip.Addr]map[endpointKey]bool{},
 		subnets: map[netip.Prefix]map[mesh.PeerName]int{},
+		flags:   map[mesh.PeerName]PeerFlags{},
+		since:   map[endpointKey]uint64{},
+
+		contestedMACs: map[mesh.MAC]bool{},
+		contestedIPs:  map[netip.Addr]bool{},
 	}
+}
+
+// precedes orders endpoints that announce the same: this peer's own first, then those of peers that can be
+// reached, and of these who was heard of first. So nobody draws what another has to himself by announcing it too,
+// not even when that one is away for a moment. Who were heard of at once, as by a newcomer, go by their names.
+func (e *endpoints) precedes(self mesh.PeerName, a, b endpointKey) int {
+	rank := func(k endpointKey) int {
+		switch {
+		case k.peer == self:
+			return 0
+		case e.flags[k.peer].Reachable:
+			return 1
+		}
+		return 2
+	}
+	return cmp.Or(cmp.Compare(rank(a), rank(b)), cmp.Compare(e.since[a], e.since[b]), a.peer.Compare(b.peer))
+}
+
+// orderedLocked sorts endpoints and returns how many peers they belong to.
+func (e *endpoints) orderedLocked(self mesh.PeerName, set map[endpointKey]bool) (keys []endpointKey, peers int) {
+	keys = slices.AppendSeq(make([]endpointKey, 0, len(set)), maps.Keys(set))
+	slices.SortFunc(keys, func(a, b endpointKey) int { return e.precedes(self, a, b) })
+	for i := range keys {
+		if !slices.ContainsFunc(keys[:i], func(k endpointKey) bool { return k.peer == keys[i].peer }) {
+			peers++
+		}
+	}
+	return keys, peers
 }
 
 func (e *endpoints) mac(m mesh.MAC) (known, bool) {
@@ -98,6 +139,7 @@ func sameEndpoint(a, b *mesh.Endpoint) bool { return slices.Equal(a.Addrs, b.Add
 // changeLocked puts and removes endpoints, and reports whether the sets of peers to flood to may differ.
 func (e *endpoints) changeLocked(self mesh.PeerName, set []mesh.Endpoint, gone []endpointKey) (floods bool) {
 	macs, ips := map[mesh.MAC]bool{}, map[netip.Addr]bool{}
+	e.changes++
 	drop := func(key endpointKey) {
 		old, ok := e.all[key]
 		if !ok {
@@ -126,6 +168,9 @@ func (e *endpoints) changeLocked(self mesh.PeerName, set []mesh.Endpoint, gone [
 		}
 		ep.Addrs, ep.Names = slices.Clone(ep.Addrs), nil
 		e.all[key] = ep
+		if _, ok := e.since[key]; !ok {
+			e.since[key] = e.changes
+		}
 		link(e.byMAC, key.mac, key)
 		macs[key.mac] = true
 		floods = e.countLocked(&ep, 1) || ep.Peer == self || floods
@@ -134,8 +179,18 @@ func (e *endpoints) changeLocked(self mesh.PeerName, set []mesh.Endpoint, gone [
 			ips[p.Addr()] = true
 		}
 	}
+	for _, key := range gone {
+		if _, ok := e.all[key]; !ok {
+			delete(e.since, key)
+		}
+	}
 	e.publishLocked(self, macs, ips)
 	return floods
+}
+
+// judgeLocked decides anew whom that belongs to which more than one peer announces.
+func (e *endpoints) judgeLocked(self mesh.PeerName) {
+	e.publishLocked(self, maps.Clone(e.contestedMACs), maps.Clone(e.contestedIPs))
 }
 
 func link[K comparable](m map[K]map[endpointKey]bool, k K, key endpointKey) {
@@ -183,12 +238,17 @@ func (e *endpoints) publishLocked(self mesh.PeerName, macs map[mesh.MAC]bool, ip
 		if freshMACs[s] == nil {
 			freshMACs[s] = copyShard(&e.macs[s])
 		}
+		delete(e.contestedMACs, m)
 		if len(e.byMAC[m]) == 0 {
 			delete(freshMACs[s], m)
 			continue
 		}
 		var k known
-		for key := range e.byMAC[m] {
+		keys, peers := e.orderedLocked(self, e.byMAC[m])
+		if k.peer = keys[0].peer; peers > 1 {
+			e.contestedMACs[m] = true
+		}
+		for _, key := range keys {
 			k.peers = append(k.peers, key.peer)
 			for _, p := range e.all[key].Addrs {
 				k.subnets = append(k.subnets, p.Masked())
@@ -198,10 +258,6 @@ func (e *endpoints) publishLocked(self mesh.PeerName, macs map[mesh.MAC]bool, ip
 		k.subnets = slices.Compact(k.subnets)
 		slices.SortFunc(k.peers, mesh.PeerName.Compare)
 		k.peers = slices.Compact(k.peers)
-		k.peer = k.peers[0]
-		if slices.Contains(k.peers, self) {
-			k.peer = self
-		}
 		freshMACs[s][m] = k
 	}
 	for s, m := range freshMACs {
@@ -214,19 +270,23 @@ func (e *endpoints) publishLocked(self mesh.PeerName, macs map[mesh.MAC]bool, ip
 		if freshIPs[s] == nil {
 			freshIPs[s] = copyShard(&e.ips[s])
 		}
+		delete(e.contestedIPs, a)
 		if len(e.byIP[a]) == 0 {
 			delete(freshIPs[s], a)
 			continue
 		}
 		var list []holder
-		for key := range e.byIP[a] {
+		keys, peers := e.orderedLocked(self, e.byIP[a])
+		if peers > 1 {
+			e.contestedIPs[a] = true
+		}
+		for _, key := range keys {
 			for _, p := range e.all[key].Addrs {
 				if p.Addr() == a {
 					list = append(list, holder{key.mac, key.peer, p.Masked()})
 				}
 			}
 		}
-		slices.SortFunc(list, func(x, y holder) int { return x.peer.Compare(y.peer) })
 		freshIPs[s][a] = list
 	}
 	for s, m := range freshIPs {

@@ -46,8 +46,7 @@ type Switch struct {
 	floods  atomic.Pointer[map[mesh.MAC][]mesh.PeerName] // by sending endpoint of ours
 	drops   [reasonCount]atomic.Uint64
 
-	mu    sync.Mutex // guards flags and changes of known
-	flags map[mesh.PeerName]PeerFlags
+	mu sync.Mutex // guards changes of known
 }
 
 // peerTable numbers the peers for the learned addresses.
@@ -59,7 +58,7 @@ type peerTable struct {
 
 // NewSwitch starts with nothing known. now begins its time.
 func NewSwitch(self mesh.PeerName, now time.Time) *Switch {
-	s := &Switch{self: self, started: now, known: newEndpoints(), learned: newFDB(), flags: map[mesh.PeerName]PeerFlags{}}
+	s := &Switch{self: self, started: now, known: newEndpoints(), learned: newFDB()}
 	s.peers.Store(&peerTable{})
 	s.floods.Store(&map[mesh.MAC][]mesh.PeerName{})
 	return s
@@ -248,10 +247,10 @@ func (s *Switch) SetPeers(peers []PeerFlags) {
 			flags[p.Name] = p
 		}
 	}
-	if maps.Equal(flags, s.flags) {
+	if maps.Equal(flags, s.known.flags) {
 		return
 	}
-	s.flags = flags
+	s.known.flags = flags
 	old := s.peers.Load()
 	table := &peerTable{number: make(map[mesh.PeerName]owner, len(flags)), name: make(map[owner]mesh.PeerName, len(flags))}
 	for name := range flags {
@@ -276,6 +275,7 @@ func (s *Switch) SetPeers(peers []PeerFlags) {
 	}
 	slices.SortFunc(table.all, mesh.PeerName.Compare)
 	s.peers.Store(table)
+	s.known.judgeLocked(s.self)
 	s.setFloodsLocked()
 }
 
@@ -304,7 +304,7 @@ func (s *Switch) setFloodsLocked() {
 		id := subnetsID(nets)
 		set, done := sets[id]
 		if !done {
-			set = e.floodSetLocked(nets, s.flags)
+			set = e.floodSetLocked(nets, s.known.flags)
 			sets[id] = set
 		}
 		floods[mac] = set
@@ -374,6 +374,46 @@ func (s *Switch) MACs() []MACEntry {
 	slices.SortFunc(out, func(a, b MACEntry) int {
 		return cmp.Compare(macBits(a.MAC), macBits(b.MAC))
 	})
+	return out
+}
+
+// Owner is whom frames to an announced address go to.
+func (s *Switch) Owner(mac mesh.MAC) (mesh.PeerName, bool) {
+	k, ok := s.known.mac(mac)
+	return k.peer, ok
+}
+
+// Clash is a MAC or IP address that more than one peer announces that can be reached.
+type Clash struct {
+	What  string
+	Peers []mesh.PeerName // the first is whom frames go to
+}
+
+// Clashes lists what more than one peer announces, by address. It is somebody's mistake, or worse: endpoints that move
+// leave no trace here for longer than news take to spread.
+func (s *Switch) Clashes() []Clash {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []Clash
+	add := func(what string, set map[endpointKey]bool) {
+		keys, _ := s.known.orderedLocked(s.self, set)
+		c := Clash{What: what}
+		for _, k := range keys {
+			if (k.peer == s.self || s.known.flags[k.peer].Reachable) && !slices.Contains(c.Peers, k.peer) {
+				c.Peers = append(c.Peers, k.peer)
+			}
+		}
+		if len(c.Peers) > 1 {
+			out = append(out, c)
+		}
+	}
+	for mac := range s.known.contestedMACs {
+		add(mac.String(), s.known.byMAC[mac])
+	}
+	for addr := range s.known.contestedIPs {
+		add(addr.String(), s.known.byIP[addr])
+	}
+	slices.SortFunc(out, func(a, b Clash) int { return cmp.Compare(a.What, b.What) })
 	return out
 }
 

@@ -566,3 +566,61 @@ func BenchmarkSwitch(b *testing.B) {
 		}
 	})
 }
+
+// Two peers announce the same: who was first keeps it, also over a time when it cannot be reached, until it is
+// withdrawn. Both may send meanwhile, and the clash is named.
+func TestClash(t *testing.T) {
+	peers := func(reachable ...int) (out []PeerFlags) {
+		for _, n := range reachable {
+			out = append(out, PeerFlags{Name: pn(n), Reachable: true})
+		}
+		return out
+	}
+	asks := func(s *Switch) string {
+		d := s.FromBridge(arp(1, broadcast, mc(11), "10.2.1.1", mesh.MAC{}, "10.2.1.2"), make([]byte, 0, 128), t0)
+		if d.Verdict != Answer {
+			return describe(d)
+		}
+		return fmt.Sprintf("%x", d.Reply[11])
+	}
+	goes := func(s *Switch) string { return describe(s.FromBridge(frame(mc(21), mc(11), 0x800), nil, t0)) }
+	check := func(s *Switch, when, to, answer string, clashes int) {
+		t.Helper()
+		if got := goes(s); got != to {
+			t.Errorf("%s: frames go %s, want %s", when, got, to)
+		}
+		if got := asks(s); got != answer {
+			t.Errorf("%s: the address is %s, want %s", when, got, answer)
+		}
+		if got := s.Clashes(); len(got) != clashes {
+			t.Errorf("%s: clashes %+v, want %d", when, got, clashes)
+		}
+	}
+	s := NewSwitch(me, t0)
+	s.SetPeers(peers(3, 4))
+	s.UpdateEndpoints([]mesh.Endpoint{ep(1, 11, "10.2.1.1/24")}, nil)
+	s.UpdateEndpoints([]mesh.Endpoint{ep(4, 21, "10.2.1.2/24")}, nil)
+	check(s, "alone", "to 4", "15", 0)
+	s.UpdateEndpoints([]mesh.Endpoint{ep(3, 21, "10.2.1.9/24"), ep(3, 22, "10.2.1.2/24")}, nil)
+	check(s, "a lower name announces it too", "to 4", "15", 2)
+	if got := s.Clashes()[0]; got.What != mc(21).String() || !slices.Equal(got.Peers, []mesh.PeerName{pn(4), pn(3)}) {
+		t.Errorf("clash %+v", got)
+	}
+	s.UpdateEndpoints([]mesh.Endpoint{ep(4, 21, "10.2.1.2/24", "fd00::9/64")}, nil)
+	check(s, "the first one gets another address", "to 4", "15", 2)
+	s.SetPeers(peers(3))
+	check(s, "the first one is away", "to 3", "16", 0)
+	s.SetPeers(peers(3, 4))
+	check(s, "and back", "to 4", "15", 2)
+	for _, n := range []int{3, 4} {
+		if got := describe(s.FromPeer(frame(mc(11), mc(21), 0x800), pn(n), t0)); got != "deliver" {
+			t.Errorf("from peer %d: %s", n, got)
+		}
+	}
+	s.UpdateEndpoints(nil, []mesh.Endpoint{ep(4, 21)})
+	check(s, "withdrawn", "to 3", "16", 0)
+	s.UpdateEndpoints([]mesh.Endpoint{ep(1, 21, "10.2.1.2/24")}, nil)
+	if got := goes(s); got != "drop local" {
+		t.Errorf("an endpoint of this peer: frames go %s", got)
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -165,8 +166,16 @@ func (k *kernelPath) tell(dp *fastdp.Datapath) error {
 		}
 		errs = append(errs, err)
 	}
-	errs = append(errs, dp.SetPeers(k.peers(st)), dp.SetEndpoints(k.h.records.Endpoints()), k.ports(dp))
+	errs = append(errs, dp.SetPeers(k.peers(st)), dp.SetEndpoints(k.endpoints()), k.ports(dp))
 	return errors.Join(errs...)
+}
+
+// endpoints is who has which MAC, as the switch sees it where more than one peer announces it.
+func (k *kernelPath) endpoints() []mesh.Endpoint {
+	return slices.DeleteFunc(k.h.records.Endpoints(), func(e mesh.Endpoint) bool {
+		owner, known := k.h.switcher.Owner(e.MAC)
+		return known && owner != e.Peer
+	})
 }
 
 // peers is every other peer with its short id and the way to it.
@@ -232,6 +241,13 @@ func (k *kernelPath) status() map[mesh.PeerName]fastdp.PathStatus {
 		out[p.Peer] = p
 	}
 	return out
+}
+
+// leave is called before the userspace path stops.
+func (k *kernelPath) leave() {
+	if dp := k.dp.Load(); dp != nil {
+		dp.Leave()
+	}
 }
 
 func (k *kernelPath) close() error {

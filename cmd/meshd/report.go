@@ -116,6 +116,9 @@ func (h *house) routerReport(st gossip.Status, kernel map[mesh.PeerName]fastdp.P
 		},
 		Drops: h.drops(st), Offences: h.offences(),
 	}
+	for _, c := range h.switcher.Clashes() {
+		r.Clashes = append(r.Clashes, control.Clash{Address: c.What, Peers: c.Peers})
+	}
 	for _, p := range u.TrustedSubnets {
 		r.TrustedSubnets = append(r.TrustedSubnets, p.String())
 	}
