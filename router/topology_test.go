@@ -541,3 +541,69 @@ func BenchmarkRoutes(b *testing.B) {
 		topo.Routes()
 	}
 }
+
+// A host sleeps for eight hours, in which its clock stands still, while the others forget it and one that died
+// meanwhile. When it wakes it holds nobody for dead who lives, is known again at once, and what it still tells of
+// the dead one is forgotten for good within an hour by the clocks of all.
+func TestSuspend(t *testing.T) {
+	const sleeper, dead = 0, 3
+	links := map[[2]int]PeerLink{}
+	for i := range 4 {
+		for j := range i {
+			links[[2]int{i, j}] = linkTo(j, time.Millisecond)
+		}
+	}
+	ts := cluster(t, 4, links)
+	awake := []int{1, 2}
+	clock := [4]time.Time{t0, t0, t0, t0}
+	events := map[int][]StateChange{}
+	look := func(up ...int) {
+		for _, i := range up {
+			events[i] = append(events[i], ts[i].Reach(clock[i], Patience{2 * time.Second, time.Hour}, func(p mesh.PeerName) bool {
+				return slices.ContainsFunc(up, func(j int) bool { return pn(j) == p })
+			})...)
+		}
+	}
+	pass := func(d time.Duration, who ...int) {
+		for end := clock[who[0]].Add(d); clock[who[0]].Before(end); look(who...) {
+			for _, i := range who {
+				clock[i] = clock[i].Add(time.Minute)
+			}
+			for _, i := range who { // compare tables
+				for _, j := range who {
+					if i != j {
+						merge(t, ts[i], all(ts[j]))
+					}
+				}
+			}
+		}
+	}
+	look(0, 1, 2, 3)
+	pass(8*time.Hour, awake...)
+	for _, i := range awake {
+		if got := len(ts[i].Peers()); got != 2 {
+			t.Fatalf("peer %d knows %d peers after eight hours, want 2", i, got)
+		}
+	}
+	clear(events)
+	pass(time.Minute, sleeper, 1, 2)
+	for _, i := range awake {
+		if !slices.Contains(events[i], StateChange{pn(sleeper), Alive}) {
+			t.Errorf("peer %d says %v of who is back", i, events[i])
+		}
+	}
+	for _, ev := range events[sleeper] {
+		if ev.Peer != pn(dead) {
+			t.Errorf("who was asleep says that %v is %v", ev.Peer, ev.State)
+		}
+	}
+	pass(2*time.Hour, sleeper, 1, 2)
+	for i := range 3 {
+		if got := len(ts[i].Peers()); got != 3 {
+			t.Errorf("peer %d knows %d peers, want 3: the dead one is back", i, got)
+		}
+		if !slices.Equal(items(ts[i]), items(ts[0])) {
+			t.Errorf("the tables of %d and 0 differ", i)
+		}
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"hash/crc32"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 
 	"meshd/mesh"
@@ -75,62 +76,84 @@ type claim struct {
 	incarnation uint32
 }
 
-// checkMember looks through a packet that from sent and reports whether memberlist may see it: every part
-// is one of the known kinds with sane fields, the sender speaks for itself only where that is claimed,
-// addresses stand for names, and nothing is compressed, nested or for somebody else's software. accept is
-// asked about every claim; a false drops the packet.
-func checkMember(from mesh.PeerName, b []byte, accept func(claim) bool) bool {
+// checkMember looks through a packet that from sent and returns what memberlist may see of it: every part is one of
+// the known kinds with sane fields, the sender speaks for itself only where that is claimed, addresses stand for
+// names, and nothing is compressed, nested or for somebody else's software; else ok is false. accept is asked about
+// every claim. One that it does not believe is left out, and only that: the packet may hold a probe as well, and who
+// does not answer is suspected in turn. The packet is borrowed, or empty when nothing is left.
+func checkMember(from mesh.PeerName, b []byte, accept func(claim) bool) (packet []byte, ok bool) {
 	if len(b) >= 5 && b[0] == memberCRC {
 		if crc32.ChecksumIEEE(b[5:]) != binary.BigEndian.Uint32(b[1:]) {
-			return false
+			return nil, false
 		}
-		b = b[5:]
+		b = b[5:] // memberlist does without
 	}
 	if len(b) < 1 || b[0] != memberCompound {
-		return checkPart(from, b, accept)
+		ok, believed := checkPart(from, b, accept)
+		if !believed {
+			b = nil
+		}
+		return b, ok
 	}
 	if len(b) < 2 || len(b) < 2+2*int(b[1]) {
-		return false
+		return nil, false
 	}
 	n := int(b[1])
 	lengths, parts := b[2:2+2*n], b[2+2*n:]
+	var left []byte // lengths of the parts that stay
+	var stay []byte // and those parts
 	for ; len(lengths) > 0; lengths = lengths[2:] {
 		size := int(binary.BigEndian.Uint16(lengths))
-		if size > len(parts) || !checkPart(from, parts[:size], accept) {
-			return false
+		if size > len(parts) {
+			return nil, false
+		}
+		ok, believed := checkPart(from, parts[:size], accept)
+		if !ok {
+			return nil, false
+		}
+		if believed {
+			left = append(left, lengths[:2]...)
+			stay = append(stay, parts[:size]...)
 		}
 		parts = parts[size:]
 	}
-	return true
+	if len(left) == 0 {
+		return nil, true
+	}
+	return slices.Concat([]byte{memberCompound, byte(len(left) / 2)}, left, stay), true
 }
 
-func checkPart(from mesh.PeerName, b []byte, accept func(claim) bool) bool {
+// checkPart reports whether a part is well-formed, and then whether it is believed.
+func checkPart(from mesh.PeerName, b []byte, accept func(claim) bool) (ok, believed bool) {
 	if len(b) < 2 {
-		return false
+		return false, false
 	}
 	kind := b[0]
 	f, ok := parseFields(b[1:])
 	if !ok {
-		return false
+		return false, false
 	}
 	node, named := peerOfNode(string(f.node))
 	addr, addressed := peerOfIP(f.addr)
 	switch kind {
 	case memberPing:
-		return (named || len(f.node) == 0) && f.source(from)
+		ok = (named || len(f.node) == 0) && f.source(from)
 	case memberIndirect:
-		target, ok := peerOfIP(f.target)
-		return ok && named && target == node && f.source(from)
+		target, targeted := peerOfIP(f.target)
+		ok = targeted && named && target == node && f.source(from)
 	case memberAck, memberNack:
-		return true
+		ok = true
 	case memberAlive:
-		return named && addressed && addr == node && f.port == memberPort && len(f.meta) == 0 && len(f.vsn) == 6 &&
-			accept(claim{kind, node, uint32(f.incarnation)})
+		ok = named && addressed && addr == node && f.port == memberPort && len(f.meta) == 0 && len(f.vsn) == 6
+		return ok, ok && accept(claim{kind, node, uint32(f.incarnation)})
 	case memberSuspect, memberDead:
-		_, ok := peerOfNode(string(f.from))
-		return named && ok && f.incarnation < maxDeath && accept(claim{kind, node, uint32(f.incarnation)})
+		_, signed := peerOfNode(string(f.from))
+		ok = named && signed && f.incarnation < maxDeath
+		return ok, ok && accept(claim{kind, node, uint32(f.incarnation)})
+	default:
+		ok = false
 	}
-	return false
+	return ok, ok
 }
 
 // fields are what the packets' maps may hold.

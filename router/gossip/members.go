@@ -8,6 +8,7 @@ import (
 	"log"
 	"log/slog"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -103,7 +104,13 @@ func (m *members) join(p mesh.PeerName) {
 // introduce tells our memberlist that p is alive, which we know from elsewhere: from a link or a route.
 func (m *members) introduce(p mesh.PeerName) {
 	m.mu.Lock()
-	inc := min(m.incarnation[p]+1, 1<<31-1) // what checkMember lets through
+	inc := max(m.incarnation[p], 1)
+	if _, dead := m.dead[p]; dead {
+		// More than was ever heard, and more each time: memberlist may know of a later claim. Who hears more of
+		// itself than it said outbids that, and all of it goes to everybody, so this is for the dead alone.
+		inc = min(inc+1, 1<<31-1) // what checkMember lets through
+		m.incarnation[p] = inc
+	}
 	m.mu.Unlock()
 	m.offer(p, appendAlive(nil, p, inc))
 }
@@ -163,11 +170,13 @@ func (m *members) accept(c claim) bool {
 
 // message takes a packet from the tunnel. b is borrowed.
 func (m *members) message(from mesh.PeerName, b []byte) {
-	if !checkMember(from, b, m.accept) {
+	packet, ok := checkMember(from, b, m.accept)
+	switch {
+	case !ok:
 		m.refused.Add(1)
-		return
+	case len(packet) > 0:
+		m.offer(from, slices.Clone(packet))
 	}
-	m.offer(from, append([]byte(nil), b...))
 }
 
 func (m *members) offer(from mesh.PeerName, b []byte) {

@@ -1,8 +1,11 @@
 package gossip_test
 
 import (
+	"bytes"
 	"fmt"
+	"maps"
 	"runtime"
+	"slices"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -26,7 +29,7 @@ func TestScale(t *testing.T) {
 		c := simnet.NewCluster(t, simnet.Options{
 			Seed: max(*seedFlag, 1),
 			Config: func(_ int, cfg *gossip.Config) {
-				cfg.ConnLimit, cfg.RoutesPause = *linksFlag, time.Duration(n/100)*20*time.Millisecond
+				cfg.ConnLimit, cfg.RoutesPause = *linksFlag, time.Duration(n/100)*50*time.Millisecond
 			},
 			Prepare: func(i int, node *gossip.Node) {
 				tables[i] = newSetTable()
@@ -37,7 +40,7 @@ func TestScale(t *testing.T) {
 			},
 		})
 		defer c.Stop()
-		mark := meter(c)
+		mark, kinds := meter(c), kindMeter(t, c)
 		c.StartAll(n)
 		whole := func() error {
 			for i := range tables {
@@ -49,10 +52,13 @@ func TestScale(t *testing.T) {
 		}
 		took := c.Until("cold start", 10*time.Minute, whole)
 		t.Logf("%d peers, cold start: %v; %s", n, took, mark())
+		kinds()
 		time.Sleep(2 * time.Minute)
 		mark()
+		kinds()
 		time.Sleep(time.Minute)
 		t.Logf("idle: %s", mark())
+		kinds()
 		links := 0
 		for _, p := range c.Peers {
 			links += p.Host.Links()
@@ -114,6 +120,22 @@ func meter(c *simnet.Cluster) func() string {
 			mem.HeapAlloc/1000/uint64(peers), took.Round(time.Second))
 		sent, cpu, at = total, processTime(), time.Now()
 		return out
+	}
+}
+
+// kindMeter returns a function that logs what was sent of each kind since it was last called, per peer.
+func kindMeter(t *testing.T, c *simnet.Cluster) func() {
+	last, at := map[[2]byte]simnet.Count{}, time.Now()
+	return func() {
+		now := c.Net.Kinds()
+		took, n := time.Since(at).Seconds(), float64(len(c.Peers))
+		for _, kind := range slices.SortedFunc(maps.Keys(now), func(a, b [2]byte) int { return bytes.Compare(a[:], b[:]) }) {
+			messages, sent := float64(now[kind].Messages-last[kind].Messages), float64(now[kind].Bytes-last[kind].Bytes)
+			if sent > 0.01*took*n {
+				t.Logf("  channel %d kind %3d: %.2f messages and %.0f bytes a second", kind[0], kind[1], messages/took/n, sent/took/n)
+			}
+		}
+		last, at = now, time.Now()
 	}
 }
 

@@ -372,6 +372,42 @@ func TestStolenName(t *testing.T) {
 	})
 }
 
+// A peer of the release before, which does not sign what it tells, is refused whoever dials, and the operator is
+// told what to do. A later release is taken in: it judges by itself whether it speaks with us.
+func TestOtherProtocols(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := simnet.NewCluster(t, simnet.Options{Seed: 1, Config: func(i int, cfg *gossip.Config) {
+			switch i {
+			case 1:
+				cfg.Self.Protocol = router.Protocol - 1
+			case 2:
+				cfg.Self.Protocol = router.Protocol + 1
+			}
+		}})
+		defer c.Stop()
+		c.Start(0, 1)
+		c.Start(1, 2)
+		c.Start(2, 0)
+		time.Sleep(time.Minute)
+		for who, want := range map[int]string{0: "peer1 speaks protocol 1", 1: "peer2 demands 2", 2: ""} {
+			p := c.Peers[who]
+			told := ""
+			for _, conn := range p.Node.Status().Connections {
+				told += conn.Error
+			}
+			if !strings.Contains(told, want) || want != "" && !strings.Contains(told, "install the newer release") {
+				t.Errorf("peer %d is told %q, want %q and what to do", who, told, want)
+			}
+		}
+		if n := c.Peers[1].Host.Links(); n != 0 {
+			t.Errorf("the old one has %d links", n)
+		}
+		if n := c.Peers[0].Host.Links(); n != 1 {
+			t.Errorf("the other two have %d links", n)
+		}
+	})
+}
+
 // A target that nobody answers at for ten minutes, and then somebody does.
 func TestLateTarget(t *testing.T) {
 	seeds(t, 2, func(t *testing.T, seed uint64) {

@@ -324,7 +324,7 @@ func TestCheckMember(t *testing.T) {
 		{"something behind", append(slices.Clone(suspect), 0), false},
 		{"absurd incarnation", append([]byte{memberSuspect}, fieldMap(str("Incarnation"), []byte{0xce, 0xff, 0xff, 0xff, 0xff}, str("Node"), str(other), str("From"), str(node))...), false},
 	} {
-		if got := checkMember(pn(2), c.msg, func(claim) bool { return true }); got != c.want {
+		if _, got := checkMember(pn(2), c.msg, func(claim) bool { return true }); got != c.want {
 			t.Errorf("%s: got %v, want %v", c.name, got, c.want)
 		}
 	}
@@ -333,8 +333,13 @@ func TestCheckMember(t *testing.T) {
 	if asked != (claim{memberSuspect, pn(3), 1}) {
 		t.Errorf("got claim %+v", asked)
 	}
-	if checkMember(pn(2), compound(ping, suspect), func(claim) bool { return false }) {
-		t.Error("a claim that was not accepted is let through")
+	for _, c := range []struct{ in, want []byte }{
+		{suspect, nil}, {compound(suspect, suspect), nil}, {compound(suspect, ping, suspect), compound(ping)}, {compound(ping), compound(ping)},
+	} {
+		got, ok := checkMember(pn(2), c.in, func(claim) bool { return false })
+		if !ok || !bytes.Equal(got, c.want) {
+			t.Errorf("of %x with claims that are not believed is left %x (%v), want %x", c.in, got, ok, c.want)
+		}
 	}
 }
 
@@ -349,24 +354,36 @@ func TestLinkedPeersAreNotDead(t *testing.T) {
 	if !m.accept(death) {
 		t.Error("the death of a peer without a link is not believed")
 	}
-	m.introduce(pn(2))
-	var heard claim
-	checkMember(pn(2), (<-m.packets).Buf, func(c claim) bool { heard = c; return true })
-	if heard != (claim{memberAlive, pn(2), 10}) {
-		t.Errorf("introduced as %+v, want a later incarnation", heard)
+	introduced := func(want uint32) {
+		t.Helper()
+		m.introduce(pn(2))
+		var heard claim
+		checkMember(pn(2), (<-m.packets).Buf, func(c claim) bool { heard = c; return true })
+		if heard != (claim{memberAlive, pn(2), want}) {
+			t.Errorf("introduced as %+v, want incarnation %d", heard, want)
+		}
 	}
+	introduced(9) // memberlist has not met it
+	m.dead[pn(2)] = time.Time{}
+	introduced(10)
+	introduced(11) // if that did not help
 }
 
 func FuzzCheckMember(f *testing.F) {
 	f.Add(appendAlive(nil, pn(4), 5))
 	f.Add([]byte{memberCompound, 1, 0, 2, 0, 0x80})
 	f.Fuzz(func(t *testing.T, in []byte) {
-		checkMember(pn(2), in, func(c claim) bool {
+		claims := 0
+		left, ok := checkMember(pn(2), in, func(c claim) bool {
+			claims++
 			if c.peer.IsZero() {
 				t.Error("a claim about nobody")
 			}
-			return true
+			return claims%2 == 1
 		})
+		if again, good := checkMember(pn(2), left, func(claim) bool { return true }); ok && len(left) > 0 && (!good || !bytes.Equal(again, left)) {
+			t.Errorf("of %x is left %x, which is not well-formed", in, left)
+		}
 	})
 }
 

@@ -64,7 +64,11 @@ type Net struct {
 	delay time.Duration
 	vary  time.Duration
 	stats Stats
+	kinds map[[2]byte]Count
 }
+
+// Count is what was sent of one kind of message, on every link on its way.
+type Count struct{ Messages, Bytes uint64 }
 
 // lateness is how much longer than the others a late datagram takes at most.
 const lateness = 2 * time.Second
@@ -137,6 +141,7 @@ func New(seed uint64) *Net {
 		wake: make(chan struct{}, 1), rng: rand.New(rand.NewPCG(seed, 77)),
 		hosts: map[netip.AddrPort]*Host{}, cut: map[[2]netip.AddrPort]bool{},
 		delay: time.Millisecond, vary: time.Millisecond / 4,
+		kinds: map[[2]byte]Count{},
 	}
 }
 
@@ -297,6 +302,14 @@ func (n *Net) Stats() Stats {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.stats
+}
+
+// Kinds returns what was sent so far, by the first two bytes of messages: the channel and, where the channel has
+// kinds, the kind.
+func (n *Net) Kinds() map[[2]byte]Count {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return maps.Clone(n.kinds)
 }
 
 func (n *Net) set(cut bool, from, to *Host) {
@@ -549,6 +562,12 @@ func (n *Net) forwardLocked(p *parcel, at, from *Host, left int) {
 	}
 	to := l.other(at)
 	at.Sent += uint64(len(p.msg))
+	kind := [2]byte(p.msg[:2])
+	if kind[0] == byte(mesh.ChanMember) && kind[1] == 12 && len(p.msg) > 6 {
+		kind[1] = p.msg[6] // after the checksum
+	}
+	c := n.kinds[kind]
+	n.kinds[kind] = Count{c.Messages + 1, c.Bytes + uint64(len(p.msg))}
 	if !n.passesLocked(at, to) || n.loss > 0 && n.rng.Float64() < n.loss {
 		drop(&n.stats.Lost)
 		return
