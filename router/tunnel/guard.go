@@ -43,5 +43,5 @@ func (g *guard) admit(s *secret, hello1 []byte, from origin, now time.Time) (ok 
 	if g.served.rate == 0 {
 		g.served.rate, g.served.burst = servedRate, servedRate
 	}
-	return g.sources.take(from.addr.Addr(), now) && g.served.take(now), nil
+	return g.sources.take(from.addr, now) && g.served.take(now), nil
 }

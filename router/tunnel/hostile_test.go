@@ -271,31 +271,57 @@ func TestWrongPassword(t *testing.T) {
 	if n := r.t.Drops()["mac"]; n != 10_000 || len(r.t.hellos) != 0 || len(r.t.events) != 0 {
 		t.Errorf("%d turned away, %d handshakes and %d events waiting", n, len(r.t.hellos), len(r.t.events))
 	}
-	s := newSecret(pskOne)
-	f = newFlood(t, pskOne)
+	const seconds = 20
+	for addr, n := range serve(newFlood(t, pskOne), seconds*500, 2*time.Millisecond, r.now, addrs[:]) {
+		if n > seconds*sourceRate+sourceBurst+busyRate {
+			t.Errorf("%v was served %d times in %d s", addr, n, seconds)
+		}
+	}
+}
+
+// serve has hellos from addresses in turn come to a guard, pause apart, each again with the cookie that it is handed,
+// and returns how many of each were let through.
+func serve(f *flood, hellos int, pause time.Duration, now time.Time, addrs []netip.AddrPort) map[netip.AddrPort]int {
 	served := map[netip.AddrPort]int{}
 	var g guard
-	const seconds = 20
-	for i := range seconds * 500 {
-		now := r.now.Add(time.Duration(i) * 2 * time.Millisecond)
-		from := origin{addr: addrs[i%4]}
+	for i := range hellos {
+		from := origin{addr: addrs[i%len(addrs)]}
 		hello := f.next()
-		ok, cookie := g.admit(&s, hello, from, now)
+		ok, cookie := g.admit(&f.s, hello, from, now)
 		if cookie != nil {
-			value, _ := openCookie(&s, cookie, hello)
+			value, _ := openCookie(&f.s, cookie, hello)
 			end := len(hello) - macLen
 			m := mac(value[:], hello[:end])
 			copy(hello[end:], m[:])
-			ok, _ = g.admit(&s, hello, from, now)
+			ok, _ = g.admit(&f.s, hello, from, now)
 		}
 		if ok {
 			served[from.addr]++
 		}
+		now = now.Add(pause)
 	}
-	for addr, n := range served {
-		if n > seconds*sourceRate+sourceBurst+busyRate {
-			t.Errorf("%v was served %d times in %d s", addr, n, seconds)
+	return served
+}
+
+// A hundred hosts behind one NAT join at once: they do not wait for each other. Nor can one address, with as many
+// ports as it likes, have more than a part of what is served.
+func TestManyBehindOneAddress(t *testing.T) {
+	behind := func(n int) (out []netip.AddrPort) {
+		for port := range n {
+			out = append(out, netip.AddrPortFrom(netip.MustParseAddr("203.0.113.7"), uint16(20_000+port)))
 		}
+		return out
+	}
+	f := newFlood(t, pskOne)
+	if got := len(serve(f, 140, time.Millisecond, time.Unix(100, 0), behind(140))); got < 140 {
+		t.Errorf("of 140 hosts %d are served at once", got)
+	}
+	all := 0
+	for _, n := range serve(f, 10_000, time.Millisecond, time.Unix(100, 0), behind(10_000)) {
+		all += n
+	}
+	if all > 11*netRate+busyRate {
+		t.Errorf("10,000 hellos of one address in 10 s: %d are served", all)
 	}
 }
 

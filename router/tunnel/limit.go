@@ -31,31 +31,38 @@ func (b *bucket) take(now time.Time) bool {
 	return true
 }
 
-// sources limits handshakes per source address: IPv4 addresses and IPv6 /64 networks. When the table is
-// full it starts afresh, so its memory is bounded. Not safe for concurrent use.
+// sources limits handshakes per source, which is an address with its port, and what all sources of one IPv4 address
+// or IPv6 /64 network have together: hosts behind one NAT do not wait for each other, and who has one address
+// cannot take everything. When a table is full it starts afresh, so memory is bounded. Not safe for concurrent use.
 type sources struct {
-	seen map[netip.Addr]*bucket
+	hosts map[netip.AddrPort]*bucket
+	nets  map[netip.Addr]*bucket
 }
 
 const (
 	maxSources  = 4096
 	sourceRate  = 10 // handshakes per second
 	sourceBurst = 20
+	netRate     = 100 // of all sources of one address; a quarter of what is served
 )
 
-func (s *sources) take(addr netip.Addr, now time.Time) bool {
-	addr = addr.Unmap()
+func (s *sources) take(from netip.AddrPort, now time.Time) bool {
+	addr := from.Addr().Unmap()
 	if addr.Is6() {
 		p, _ := addr.Prefix(64) // never fails for an IPv6 address
 		addr = p.Addr()
 	}
-	b := s.seen[addr]
+	return bucketOf(&s.hosts, from, sourceRate, sourceBurst).take(now) && bucketOf(&s.nets, addr, netRate, netRate).take(now)
+}
+
+func bucketOf[K comparable](all *map[K]*bucket, key K, rate, burst float64) *bucket {
+	b := (*all)[key]
 	if b == nil {
-		if s.seen == nil || len(s.seen) >= maxSources {
-			s.seen = make(map[netip.Addr]*bucket)
+		if *all == nil || len(*all) >= maxSources {
+			*all = make(map[K]*bucket)
 		}
-		b = &bucket{rate: sourceRate, burst: sourceBurst}
-		s.seen[addr] = b
+		b = &bucket{rate: rate, burst: burst}
+		(*all)[key] = b
 	}
-	return b.take(now)
+	return b
 }
