@@ -46,8 +46,18 @@ const (
 	writeTimeout  = 30 * time.Second // for a client to take the answer
 	maxHeader     = 16 << 10         // bytes
 	maxBody       = 64 << 10         // bytes
-	maxConns      = 256              // per listener; beyond it the oldest connection that waits is cut
+	mostConns     = 256              // per listener, where there are descriptors enough
 )
+
+// maxConns is how many connections a listener has; beyond it the oldest connection that waits is cut. It is an eighth
+// of what the process may open at most, so that who holds them all keeps nobody from working.
+func maxConns() int {
+	var files unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+		return mostConns
+	}
+	return int(min(files.Cur/8, mostConns))
+}
 
 // Server is the control API.
 type Server struct {
@@ -119,7 +129,7 @@ func (s *Server) listen(cfg Config) error {
 }
 
 func (s *Server) add(ln net.Listener, h http.Handler) {
-	f := &face{ln: ln, conns: newConnBound(maxConns)}
+	f := &face{ln: ln, conns: newConnBound(maxConns())}
 	f.http = &http.Server{
 		Handler:           f.conns.mark(s.guard(h)),
 		ReadHeaderTimeout: s.headerTimeout,

@@ -295,7 +295,7 @@ func TestIdleConnectionsKeepNobodyOut(t *testing.T) {
 			c.Close()
 		}
 	}()
-	for i := range 2 * maxConns {
+	for i := range 2 * maxConns() {
 		c, err := net.Dial("unix", addr)
 		if err != nil {
 			t.Fatalf("connection %d: %v", i, err)
@@ -314,8 +314,8 @@ func TestIdleConnectionsKeepNobodyOut(t *testing.T) {
 	b.mu.Lock()
 	n := b.waiting.Len() + len(b.busy)
 	b.mu.Unlock()
-	if n > maxConns {
-		t.Errorf("%d connections are kept, at most %d should be", n, maxConns)
+	if n > maxConns() {
+		t.Errorf("%d connections are kept, at most %d should be", n, maxConns())
 	}
 	idle[0].SetReadDeadline(time.Now().Add(10 * time.Second))
 	if _, err := idle[0].Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {

@@ -328,6 +328,9 @@ func (a *app) startAndWait(ctx context.Context, meshd string, args []string, l l
 	if code := cmd.ProcessState.ExitCode(); code == exitRunning {
 		return &exitError{exitRunning, "meshd is already running"}
 	}
+	if s, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); ok && errors.Is(err, errEnded) && s.Signal() == syscall.SIGKILL {
+		err = errors.New("meshd was killed before it was ready, as the kernel does where memory is short: it needs 64 MiB, with a password 192 MiB")
+	}
 	return failed("%v; its log is %s", err, l.logFile)
 }
 
