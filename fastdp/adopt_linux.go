@@ -38,7 +38,7 @@ func (d *Datapath) readKernel() error {
 		if err := d.obj.Peers.Lookup(i, &k.peers[i]); err != nil {
 			return err
 		}
-		k.peers[i].Used, k.peers[i].Whole = 0, [2]uint64{}
+		k.peers[i] = plainPeer(k.peers[i])
 	}
 	for i := range uint32(maxNetworks) {
 		var v bpfNetwork
@@ -66,8 +66,7 @@ func (d *Datapath) readKernel() error {
 	var e bpfEndpoint
 	it = d.obj.Endpoints.Iterate()
 	for it.Next(&mac, &e) {
-		e.Used = 0
-		k.endpoints[mac] = e
+		k.endpoints[mac] = plainEndpoint(e)
 		if e.Flags&endpointAnnounced != 0 {
 			d.announced[keyMAC(mac)] = time.Time{}
 		}
@@ -79,8 +78,7 @@ func (d *Datapath) readKernel() error {
 	var p bpfPort
 	it = d.obj.Ports.Iterate()
 	for it.Next(&index, &p) {
-		p.GroupUntil = 0
-		k.ports[index] = p
+		k.ports[index] = plainPort(p)
 	}
 	return it.Err()
 }

@@ -45,7 +45,11 @@ func (d *Datapath) applyPeers(now time.Time) error {
 			continue
 		}
 		relayed := !s.Via.IsZero() || !s.told.Via.IsZero() || now.Before(s.relayedUntil)
-		v := peerValue(s.Peer, s.to, s.path.state == up, relayed)
+		p := s.Peer
+		if !p.Addr.IsValid() {
+			p.Addr = s.to // the way back is mostly by the same relay
+		}
+		v := peerValue(p, s.to, s.path.state == up, relayed)
 		if s.local.Is4() && s.device != 0 && d.shortWay() {
 			v.Device, v.Local = uint32(s.device), wireWords(s.local)[0]
 		}
@@ -71,8 +75,7 @@ func (d *Datapath) applyPeers(now time.Time) error {
 		if !named && !d.settled && !d.cfg.GuardOnly && id != self {
 			continue // adopted
 		}
-		same := v
-		same.Used, same.Whole = 0, [2]uint64{}
+		same := plainPeer(v)
 		if same == d.kernel.peers[id] {
 			continue
 		}
@@ -94,6 +97,14 @@ func (d *Datapath) applyPeers(now time.Time) error {
 	}
 	return errors.Join(errs...)
 }
+
+// What meshd writes, without the stamps and the state of the rate limiter, which are the programs' own.
+func plainPeer(v bpfPeer) bpfPeer {
+	v.Used, v.Heard, v.Whole = 0, 0, [2]uint64{}
+	return v
+}
+func plainEndpoint(v bpfEndpoint) bpfEndpoint { v.Used = 0; return v }
+func plainPort(v bpfPort) bpfPort             { v.GroupUntil = 0; return v }
 
 func deleteKey(m *ebpf.Map, key any) error {
 	if err := m.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {

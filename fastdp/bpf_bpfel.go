@@ -60,7 +60,7 @@ type bpfPeer struct {
 	Flags  uint32
 	Device uint32
 	Local  uint32
-	Pad    uint32
+	Heard  uint32
 	To     [4]uint32
 	From   [4]uint32
 	Used   uint64

@@ -53,7 +53,8 @@ type Datapath struct {
 	whole     map[int]bool // ports that AttachPort has finished
 	nets      networks
 	prober    *prober
-	joined    int // index of the device that joined_in runs on
+	routes    *os.File // says when routes change
+	joined    int      // index of the device that joined_in runs on
 	stampsAt  time.Time
 	kernel    mirror
 }
@@ -122,6 +123,9 @@ func (d *Datapath) open() (err error) {
 	if d.hooks, err = openHooks(d.cfg.PinDir, d.cfg.clsact); err != nil {
 		return err
 	}
+	if d.routes, err = openRoutes(); err != nil {
+		return err
+	}
 	if err := d.readKernel(); err != nil {
 		return err
 	}
@@ -162,6 +166,9 @@ func (d *Datapath) closeLocked() error {
 	var err error
 	if d.obj != nil {
 		err = d.obj.Close()
+	}
+	if d.routes != nil {
+		err = errors.Join(err, d.routes.Close())
 	}
 	return errors.Join(err, d.lock.Close())
 }

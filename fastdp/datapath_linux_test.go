@@ -36,6 +36,11 @@ func TestTwoHosts(t *testing.T) {
 					t.Error(r)
 				}
 			}
+			if !c.clsact && !c.v6 { // kernels/run.sh prints it
+				_, err := os.Stat("/sys/kernel/btf/vmlinux")
+				t.Logf("features: hooks by %s, short way in %v, BTF of the kernel %v", l.hosts[0].look().Status.Hooks,
+					strings.Contains(l.tree(l.hosts[0]), "under_in"), err == nil)
+			}
 			const bytes = 64 << 20
 			before := l.hosts[0].look().Counters["to_tunnel"]
 			took := l.transfer(a, b, bytes)
@@ -47,10 +52,9 @@ func TestTwoHosts(t *testing.T) {
 			}
 			for _, h := range l.hosts {
 				h.drops("drop_out_isolated", "drop_vx_source_id") // the bridges' own chatter; probes that came too early
-				if got := h.look().Status.Hooks; c.clsact && got != "clsact" {
+				got := h.look().Status.Hooks
+				if c.clsact && got != "clsact" {
 					t.Errorf("hooks: got %s, want clsact", got)
-				} else if !c.clsact {
-					t.Logf("hooks: %s", got)
 				}
 			}
 		})
@@ -211,21 +215,11 @@ func layoutChange(t *testing.T, clsact bool) {
 // Two hosts that do not reach each other, and one in the middle.
 func TestRelay(t *testing.T) {
 	l := newLab(t)
-	a, _, b := l.host().container("10.32.0.1/12"), l.host(), l.host().container("10.32.0.3/12")
+	a, b := l.host().container("10.32.0.1/12"), l.host().container("10.32.0.2/12")
+	l.host()
 	a.knows(b)
 	b.knows(a)
-	for _, p := range []string{"p1", "p3"} {
-		l.run("nsenter", "--net=/run/netns/"+l.prefix+"net", "bridge", "link", "set", "dev", p, "isolated", "on")
-	}
-	for _, h := range l.hosts {
-		if err := h.start(); err != nil {
-			t.Fatal(err)
-		}
-	}
-	l.hosts[0].brief(map[int]int{3: 2})
-	l.hosts[1].brief(nil)
-	l.hosts[2].brief(map[int]int{1: 2})
-	l.allUp(10 * time.Second)
+	l.startRelayed(3)
 	there, back := l.stream(a, b, probeEvery), l.stream(b, a, probeEvery)
 	l.carried(enough)
 	for _, r := range []tally{there.stop(), back.stop()} {
@@ -235,10 +229,39 @@ func TestRelay(t *testing.T) {
 	}
 	const bytes = 64 << 20
 	took := l.transfer(a, b, bytes)
-	t.Logf("relayed TCP: %.1f Gbit/s; %v", bytes*8/took.Seconds()/1e9, l.hosts[1].nonZero())
-	if n := l.hosts[1].nonZero()["from_tunnel"]; n != 0 {
+	t.Logf("relayed TCP: %.1f Gbit/s; %v", bytes*8/took.Seconds()/1e9, l.hosts[2].nonZero())
+	if l.hosts[2].look().Status.Hooks == "tcx" {
+		all, long := l.hosts[2].nonZero()["relayed"], l.packets(l.hosts[2], "mesh-vx")
+		if long > int(all)/10 {
+			t.Errorf("%d frames relayed, %d packets by the relay's mesh-vx", all, long)
+		}
+	}
+	if n := l.hosts[2].nonZero()["from_tunnel"]; n != 0 {
 		t.Errorf("%d frames reached the relay's own endpoints", n)
 	}
+}
+
+// startRelayed starts three hosts, of which two do not reach each other but by the third one, the relay.
+func (l *lab) startRelayed(relay int) {
+	l.t.Helper()
+	via := map[int]int{}
+	for _, h := range l.hosts {
+		if h.n != relay {
+			l.run("nsenter", "--net=/run/netns/"+l.prefix+"net", "bridge", "link", "set", "dev", fmt.Sprintf("p%d", h.n), "isolated", "on")
+			via[h.n] = relay
+		}
+		if err := h.start(); err != nil {
+			l.t.Fatal(err)
+		}
+	}
+	for _, h := range l.hosts {
+		if h.n == relay {
+			h.brief(nil)
+		} else {
+			h.brief(via)
+		}
+	}
+	l.allUp(10 * time.Second)
 }
 
 // A path that breaks is left within 3 s, says why, and is taken again within 30 s of working.
@@ -291,5 +314,57 @@ func TestPathBreaks(t *testing.T) {
 				t.Error("no frame took the userspace path meanwhile")
 			}
 		})
+	}
+}
+
+// A meshd that stops does not leave new endpoints behind on the userspace path.
+func TestLeave(t *testing.T) {
+	l := newLab(t)
+	a, b := l.host().container("10.32.0.1/12"), l.host().container("10.32.0.2/12")
+	a.knows(b)
+	b.knows(a)
+	l.hosts[0].cfg.AnnounceDelay = time.Hour
+	l.startAll()
+	h := l.hosts[0]
+	r := l.stream(a, b, time.Millisecond)
+	if !eventually(3*time.Second, func() bool { return h.nonZero()["to_tap"] > 100 }) {
+		t.Fatalf("%v", h.nonZero())
+	}
+	if n := h.nonZero()["to_tunnel"]; n > 0 {
+		t.Errorf("%d frames of an endpoint that others do not know of", n)
+	}
+	h.tell(order{Op: "close"})
+	if n := b.received(); !eventually(3*time.Second, func() bool { return b.received() > n+200 }) {
+		t.Error("its frames are lost while no meshd runs")
+	}
+	r.stop()
+}
+
+// When the relay's routes change, what it relays follows.
+func TestRelayRoutes(t *testing.T) {
+	l := newLab(t)
+	a, b := l.host().container("10.32.0.1/12"), l.host().container("10.32.0.2/12")
+	relay := l.host()
+	a.knows(b)
+	b.knows(a)
+	// The relay has a second device on the same underlay.
+	l.ip("h3", fmt.Sprintf("link add eth1 mtu 1500 type veth peer name q3 mtu 1500 netns %snet", l.prefix))
+	l.ip("net", "link set q3 master sw up")
+	l.run("nsenter", "--net=/run/netns/"+relay.ns, "sysctl", "-qw", "net.ipv4.conf.eth1.arp_ignore=1") // it has no address yet
+	l.ip("h3", "link set eth1 up")
+	l.startRelayed(3)
+	there, back := l.stream(a, b, time.Millisecond), l.stream(b, a, time.Millisecond)
+	l.carried(100)
+	l.ip("h3", "addr add 192.0.2.3/32 dev eth1")
+	l.ip("h3", "route replace 192.0.2.2/32 dev eth1 src 192.0.2.3")
+	l.run("nsenter", "--net=/run/netns/"+l.prefix+"net", "nft",
+		`add table bridge x; add chain bridge x f { type filter hook forward priority 0; }; add rule bridge x f iifname "p3" oifname "p2" drop`)
+	if l.carried(100); relay.look().Status.Fault != "" {
+		t.Error(relay.look().Status.Fault)
+	}
+	for _, r := range []tally{there.stop(), back.stop()} {
+		if t.Log(r); r.Gap > 1500*time.Millisecond {
+			t.Errorf("%v: want no gap of 1.5 s", r)
+		}
 	}
 }

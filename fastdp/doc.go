@@ -13,5 +13,6 @@
 // one is accepted from it only if outer source address, source id and inner source MAC belong to one
 // peer. The programs, maps and links are pinned: forwarding goes on while no meshd runs.
 //
-// Oldest kernel: 6.1. tcx (6.6) is used where there is one, clsact elsewhere. No kernel BTF is needed.
+// Oldest kernel: 6.1. tcx (6.6) is used where there is one, and with it the short way in; clsact elsewhere. No kernel BTF
+// is needed. kernels/run.sh shows it.
 package fastdp

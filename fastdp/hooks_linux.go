@@ -147,10 +147,10 @@ func (h *hooks) forget(k hook) {
 
 // remove detaches. An interface that has gone is no error.
 func (h *hooks) remove(k hook) error {
+	h.forget(k)
 	if h.clsact {
 		return removeFilter(k)
 	}
-	h.forget(k)
 	return nil
 }
 

@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -116,6 +117,7 @@ func hostMain(arg string) int {
 			a.Counters, err = d.Counters()
 			a.Paths, a.Offences, a.Status, a.Ports, a.Used = d.Paths(), d.Offences(), d.Status(), d.Ports(), d.LastUsed()
 		case "close", "remove":
+			d.Leave()
 			cancel()
 			<-ran
 			if err = d.Close(); o.Op == "remove" {
@@ -146,6 +148,7 @@ type labHost struct {
 	cfg  hostConfig
 	cts  []*labContainer
 
+	as  []string // a command that starts its process, such as setpriv
 	cmd *exec.Cmd
 	in  *json.Encoder
 	out *json.Decoder
@@ -287,8 +290,7 @@ func (h *labHost) start() error {
 	if err != nil {
 		return err
 	}
-	h.cmd = h.lab.inside(h.ns, "/proc/self/exe")
-	h.cmd.Args[len(h.cmd.Args)-1] = os.Args[0]
+	h.cmd = h.lab.inside(h.ns, append(slices.Clone(h.as), os.Args[0])...)
 	h.cmd.Env = append(os.Environ(), labEnv+"=host "+string(arg))
 	h.cmd.Stderr = logLines(h.lab.t, fmt.Sprintf("h%d", h.n))
 	stdin, err := h.cmd.StdinPipe()

@@ -4,4 +4,4 @@ package fastdp
 // with another one makes its own maps beside those that it finds, fills them from there field by field
 // (migrate_linux.go) and then moves every hook over. To be raised by one with every change that
 // TestLayout reports.
-const LayoutVersion = 2
+const LayoutVersion = 3

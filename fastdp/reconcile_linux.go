@@ -2,14 +2,21 @@ package fastdp
 
 import (
 	"errors"
+	"fmt"
+	"iter"
+	"maps"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 )
 
-const filterRounds = 3 // every so many rounds the filters of ports are looked at
+const (
+	filterRounds = 3   // every so many rounds the filters of ports are looked at
+	looksAtOnce  = 512 // entries of a map that one round compares; a lookup takes 1 µs
+)
 
-// reconcile puts back what somebody removed: devices, hooks and pins.
+// reconcile puts back what somebody removed: devices, hooks, pins and what is in the maps.
 func (d *Datapath) reconcile() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -56,7 +63,7 @@ func (d *Datapath) reconcileLocked() error {
 			errs = append(errs, err)
 		}
 	}
-	errs = append(errs, d.reconcileShortWay(time.Now()))
+	errs = append(errs, d.reconcileShortWay(time.Now()), d.restoreMaps())
 	// Filters cost a listing each to look at, links next to nothing. The bridge carries frames meanwhile.
 	d.rounds++
 	if d.hooks.clsact && d.rounds%filterRounds != 1 {
@@ -91,4 +98,51 @@ func (d *Datapath) wanted(h hook) bool {
 	}
 	_, ok := d.ports[h.ifindex]
 	return ok
+}
+
+// restoreMaps writes again what somebody changed in the maps by hand. Of a large one each round compares a part,
+// another one each time.
+func (d *Datapath) restoreMaps() error {
+	k := &d.kernel
+	config := func(yield func(uint32, bpfConfig) bool) { yield(0, k.config) }
+	peers := func(yield func(uint32, bpfPeer) bool) {
+		for id := range d.byID {
+			if !yield(uint32(id), k.peers[id]) {
+				return
+			}
+		}
+	}
+	return errors.Join(
+		restore(d, d.obj.Config, bpfMapConfig, config, func(v bpfConfig) bpfConfig { return v }),
+		restore(d, d.obj.Peers, bpfMapPeers, peers, plainPeer),
+		restore(d, d.obj.Underlays, bpfMapUnderlays, maps.All(k.underlays), func(v uint32) uint32 { return v }),
+		restore(d, d.obj.Endpoints, bpfMapEndpoints, maps.All(k.endpoints), plainEndpoint),
+		restore(d, d.obj.Ports, bpfMapPorts, maps.All(k.ports), plainPort),
+	)
+}
+
+func restore[K, V comparable](d *Datapath, m *ebpf.Map, name string, want iter.Seq2[K, V], plain func(V) V) error {
+	var key K
+	var have V
+	looked, wrong := 0, 0
+	for k, v := range want {
+		if looked++; looked > looksAtOnce {
+			break
+		}
+		key = k
+		if err := m.Lookup(&key, &have); err == nil && plain(have) == v {
+			continue
+		} else if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("map %s: %w", name, err)
+		}
+		wrong++
+		have = v
+		if err := m.Put(&key, &have); err != nil {
+			return fmt.Errorf("map %s: %w", name, err)
+		}
+	}
+	if wrong > 0 {
+		d.log.Warn("kernel path: what somebody changed in a map is put back", "map", name, "entries", wrong)
+	}
+	return nil
 }

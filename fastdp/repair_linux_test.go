@@ -1,13 +1,16 @@
 package fastdp
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 )
 
 // What somebody removes by hand comes back, and frames stop for less than 2 s.
@@ -47,6 +50,19 @@ func TestRepair(t *testing.T) {
 				l.run("nsenter", "--net=/run/netns/"+h.ns, "tc", "qdisc", "del", "dev", dev, "clsact")
 			}
 		}},
+		{"config", false, func(t *testing.T, l *lab, h *labHost, c *labContainer) {
+			change(t, h, bpfMapConfig, uint32(0), new(bpfConfig))
+		}},
+		{"peer", false, func(t *testing.T, l *lab, h *labHost, c *labContainer) {
+			change(t, h, bpfMapPeers, uint32(l.hosts[1].id()), new(bpfPeer))
+		}},
+		{"endpoints", false, func(t *testing.T, l *lab, h *labHost, c *labContainer) {
+			change(t, h, bpfMapEndpoints, macKey(c.port.MAC), nil)
+			change(t, h, bpfMapEndpoints, macKey(l.hosts[1].cts[0].port.MAC), nil)
+		}},
+		{"port", false, func(t *testing.T, l *lab, h *labHost, c *labContainer) {
+			change(t, h, bpfMapPorts, uint32(c.port.Index), nil)
+		}},
 		{"TAP", false, func(t *testing.T, l *lab, h *labHost, c *labContainer) {
 			l.ip("h1", "link del mesh-tap")
 			l.ip("h1", "tuntap add mesh-tap mode tap")
@@ -79,6 +95,108 @@ func TestRepair(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// change writes into a pinned map, as bpftool does, or deletes from it.
+func change(t *testing.T, h *labHost, name string, key, value any) {
+	t.Helper()
+	m, err := ebpf.LoadPinnedMap(filepath.Join(layoutDir(h.cfg.PinDir, LayoutVersion), name), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	if value == nil {
+		err = m.Delete(key)
+	} else {
+		err = m.Put(key, value)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// What an earlier meshd, another version or somebody else left behind is used, replaced or refused with its name.
+func TestLeftovers(t *testing.T) {
+	junk := func(t *testing.T, path string, size uint32) {
+		t.Helper()
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: size, MaxEntries: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		if err := m.Pin(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l := newLab(t)
+	a, b := l.host().container("10.32.0.1/12"), l.host().container("10.32.0.2/12")
+	a.knows(b)
+	b.knows(a)
+	dir := l.hosts[0].cfg.PinDir
+	junk(t, layoutDir(dir, LayoutVersion)+"-new/"+bpfMapConfig, 48)       // somebody died half way
+	junk(t, filepath.Join(layoutDir(dir, LayoutVersion), bpfMapPeers), 8) // another build
+	junk(t, filepath.Join(layoutDir(dir, 1), bpfMapConfig), 4)            // too old to describe itself
+	junk(t, filepath.Join(layoutDir(dir, 99), bpfMapEndpoints), 4)        // too new
+	junk(t, filepath.Join(dir, "links", "port_in-99999"), 4)              // of a device that has gone
+	l.ip("h1", "link add mesh-vx type vxlan id 7 dstport 4789 dev eth0")  // not as it should be
+	l.startAll()
+	there := l.stream(a, b, time.Millisecond)
+	if !eventually(5*time.Second, func() bool { return l.hosts[1].nonZero()["from_tunnel"] > 100 }) {
+		t.Error("no frames by the tunnel")
+	}
+	if r := there.stop(); r.Got != r.Sent || r.Twice > 0 {
+		t.Error(r)
+	}
+	want := fmt.Sprintf("links\nv%d\n", LayoutVersion)
+	if got := l.run("ls", dir); got != want {
+		t.Errorf("left: %q, want %q", got, want)
+	}
+	if got := l.run("ls", filepath.Join(dir, "links")); strings.Contains(got, "99999") {
+		t.Errorf("left: %s", got)
+	}
+	// Something that is no map at all is not ours to remove.
+	third := l.host()
+	path := filepath.Join(layoutDir(third.cfg.PinDir, LayoutVersion), bpfMapConfig)
+	if err := os.MkdirAll(path, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := third.start(); err == nil || !strings.Contains(err.Error(), bpfMapConfig) {
+		t.Errorf("a directory in place of a map: got %v", err)
+	}
+}
+
+// A bpffs is mounted where there is none. Without the right to, or to use bpf(2), as under lockdown or in a
+// container, the kernel path is refused as such, and nothing is left.
+func TestHostRefuses(t *testing.T) {
+	l := newLab(t)
+	a, b := l.host().container("10.32.0.1/12"), l.host().container("10.32.0.2/12")
+	a.knows(b)
+	b.knows(a)
+	dir := filepath.Join(t.TempDir(), "bpf")
+	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+	l.hosts[0].cfg.PinDir = filepath.Join(dir, "meshd")
+	l.startAll()
+	if on, err := isBPFFS(dir); !on || err != nil {
+		t.Errorf("no bpffs is mounted: %v", err)
+	}
+	before := l.run("nsenter", "--net=/run/netns/"+l.hosts[1].ns, "ip", "-br", "link")
+	for _, c := range []struct{ lacks, dir, says string }{
+		{"-sys_admin", filepath.Join(t.TempDir(), "none", "meshd"), "no bpffs"},
+		{"-sys_admin,-bpf,-perfmon", l.hosts[1].cfg.PinDir + "2", "bpf(2) not permitted"},
+	} {
+		h := *l.hosts[1]
+		h.cfg.PinDir, h.as = c.dir, []string{"setpriv", "--inh-caps=-all", "--bounding-set=" + c.lacks}
+		err := h.start()
+		if err == nil || !strings.Contains(err.Error(), c.says) || !strings.Contains(err.Error(), ErrNotSupported.Error()) {
+			t.Errorf("without %s: got %v, want %q", c.lacks, err, c.says)
+		}
+	}
+	if after := l.run("nsenter", "--net=/run/netns/"+l.hosts[1].ns, "ip", "-br", "link"); after != before {
+		t.Errorf("left\n%s\nwas\n%s", after, before)
 	}
 }
 

@@ -44,6 +44,17 @@ func (d *Datapath) Run(ctx context.Context) error {
 	}
 }
 
+// Leave is called before the userspace path stops: frames of new endpoints go into the tunnel at once, for most peers
+// know of them by now and nobody else would carry them.
+func (d *Datapath) Leave() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.closed {
+		d.cfg.AnnounceDelay = 0
+		d.note("endpoints", d.applyEndpoints(time.Now()))
+	}
+}
+
 // renewProber opens the probe sockets if the devices are there and the sockets are not theirs yet.
 func (d *Datapath) renewProber() *prober {
 	d.mu.Lock()

@@ -32,12 +32,14 @@ func (b *bench) joins() {
 // shortWay has peer 7's datagrams come by lo.
 func (b *bench) shortWay(change func(*bpfPeer)) {
 	v := peerValue(Peer{ID: upID, Addr: netip.MustParseAddr("192.0.2.7")}, netip.MustParseAddr("192.0.2.7"), true, false)
-	v.Device, v.Local = lo, wireWords(netip.MustParseAddr(here))[0]
+	v.Device, v.Local, v.Heard = lo, wireWords(netip.MustParseAddr(here))[0], heardNow()+1<<20 // for long
 	if change != nil {
 		change(&v)
 	}
 	b.put(b.Peers, uint32(upID), v)
 }
+
+func heardNow() uint32 { return uint32(monotonic() >> 26) } // HEARD_UNIT
 
 // wrapped is a frame from peer 7 as the underlay brings it.
 func wrapped(frame []byte) []byte {
@@ -76,6 +78,8 @@ func TestUnderIn(t *testing.T) {
 		{name: "acknowledgement after a superframe", frame: ack, peer: func(p *bpfPeer) { p.Whole[0] = monotonic() }, taken: true, counted: true},
 		{name: "acknowledgement of who leaves", frame: ack, change: at(in+14+20+13, 0x11), peer: func(p *bpfPeer) { p.Whole[0] = monotonic() }},
 		{name: "after one of others", frame: inner(6), peer: func(p *bpfPeer) { p.Whole[1] = monotonic() }, taken: true},
+		{name: "nothing let in lately", frame: inner(17), peer: func(p *bpfPeer) { p.Heard = heardNow() - 20 }},
+		{name: "something let in", frame: inner(17), peer: func(p *bpfPeer) { p.Heard = heardNow() - 10 }, taken: true, counted: true},
 		{name: "path not proven", frame: inner(17), peer: func(p *bpfPeer) { p.Flags = peerKnown }},
 		{name: "other device", frame: inner(17), peer: func(p *bpfPeer) { p.Device = 99 }},
 		{name: "other address of this host", frame: inner(17), peer: func(p *bpfPeer) { p.Local++ }},
@@ -132,6 +136,54 @@ func TestUnderIn(t *testing.T) {
 			t.Errorf("%s: %v, %v, want it remembered", c.name, v.Whole, err)
 		}
 	}
+	// Frames for another peer are sent on by the relay, which leaves probes to the host's IP stack.
+	next := Peer{ID: 9, Addr: netip.MustParseAddr("192.0.2.9")}
+	probe := wrapped(appendProbe(nil, upID, 9, 1, full, 1410))
+	probe[vx+6] = 9
+	for _, c := range []struct {
+		name   string
+		change func(p *bpfPeer)
+		frame  []byte
+		ttl    byte
+		taken  bool
+	}{
+		{name: "relayed", ttl: 255, taken: true},
+		{name: "second relay", ttl: 191, taken: true},
+		{name: "third relay", ttl: 127},
+		{name: "no path onward", ttl: 255, change: func(p *bpfPeer) { p.Flags = peerKnown }},
+		{name: "onward by IPv6", ttl: 255, change: func(p *bpfPeer) { p.Flags |= peerToV6 }},
+		{name: "no device onward", ttl: 255, change: func(p *bpfPeer) { p.Device = 0 }},
+		{name: "probe", ttl: 255, frame: probe},
+	} {
+		b.shortWay(nil)
+		v := peerValue(next, next.Addr, true, false)
+		v.Device, v.Local = lo, wireWords(netip.MustParseAddr("192.0.2.6"))[0]
+		if c.change != nil {
+			c.change(&v)
+		}
+		b.put(b.Peers, uint32(9), v)
+		frame := c.frame
+		if frame == nil {
+			frame = at(vx+6, 9)(wrapped(inner(6)))
+		}
+		frame[outerIP+8] = c.ttl
+		want := bytes.Clone(frame)
+		if c.taken {
+			want[outerIP+8] -= 64
+			copy(want[outerIP+12:], []byte{192, 0, 2, 6, 192, 0, 2, 9})
+			sum := uint32(0)
+			for i := 0; i < 20; i += 2 {
+				sum += uint32(binary.BigEndian.Uint16(want[outerIP+i:]))
+			}
+			sum = sum&0xffff + sum>>16
+			binary.BigEndian.PutUint16(want[outerIP+10:], ^uint16(sum+sum>>16))
+		}
+		opts := &ebpf.RunOptions{Data: frame, DataOut: make([]byte, len(frame)+256), Context: skbContext{Ifindex: lo}}
+		verdict, err := b.UnderIn.Run(opts)
+		if err != nil || (verdict == redirected) != c.taken || !bytes.Equal(opts.DataOut, want) {
+			t.Errorf("%s: got %d, %v\n%x, want\n%x", c.name, verdict, err, opts.DataOut, want)
+		}
+	}
 	for n := range 100 { // cut anywhere
 		if frame := wrapped(inner(17)); n >= 34 {
 			if verdict, err := b.UnderIn.Run(&ebpf.RunOptions{Data: frame[:n], Context: skbContext{Ifindex: lo}}); err != nil || verdict != passed {
@@ -159,22 +211,26 @@ func TestShortWay(t *testing.T) {
 			l := newLab(t)
 			a, b := l.host().container("10.32.0.1/12"), l.host().container("10.32.0.2/12")
 			if cut {
-				l.cutToMTU()
+				l.cutToMTU(false)
 			}
 			a.knows(b)
 			b.knows(a)
 			l.startAll()
-			if !eventually(3*time.Second, func() bool { return strings.Contains(l.tree(l.hosts[1]), "under_in") }) {
-				t.Fatalf("no hook on the underlay:\n%s", l.tree(l.hosts[1]))
+			tcx := l.hosts[1].look().Status.Hooks == "tcx"
+			if eventually(3*time.Second, func() bool { return strings.Contains(l.tree(l.hosts[1]), "under_in") }) != tcx {
+				t.Fatalf("hook on the underlay: want %v\n%s", tcx, l.tree(l.hosts[1]))
 			}
 			there := l.stream(a, b, time.Millisecond)
 			rate := l.tcp(a, b, 4)
 			if r := there.stop(); r.Got == 0 || r.Twice > 0 || r.Late > 0 {
 				t.Errorf("datagrams beside: %v", r)
 			}
-			in, out := l.packets(l.hosts[1], "mesh-vx1"), l.packets(l.hosts[1], "mesh-vx")
+			in, out := 0, l.packets(l.hosts[1], "mesh-vx")
+			if tcx {
+				in = l.packets(l.hosts[1], "mesh-vx1")
+			}
 			t.Logf("%.1f Gbit/s; %d packets by mesh-vx1, %d by mesh-vx", rate, in, out)
-			if few, many := out, in; cut && few > many/100 || !cut && in > out/10 {
+			if few, many := out, in; tcx && cut && few > many/100 || !cut && in > out/10 {
 				t.Errorf("cut %v: %d packets by mesh-vx1, %d by mesh-vx", cut, in, out)
 			}
 			for _, h := range l.hosts {
@@ -203,7 +259,7 @@ func TestShortWayRepaired(t *testing.T) {
 	for _, c := range []string{"link del mesh-vx0", "link set mesh-vx1 down", "link set mesh-vx0 down"} {
 		l := newLab(t)
 		a, b := l.host().container("10.32.0.1/12"), l.host().container("10.32.0.2/12")
-		l.cutToMTU()
+		l.cutToMTU(false)
 		a.knows(b)
 		b.knows(a)
 		l.startAll()
@@ -218,5 +274,66 @@ func TestShortWayRepaired(t *testing.T) {
 		if l.tcp(a, b, 1); l.packets(h, "mesh-vx1") < sofar+100 {
 			t.Errorf("%s: segments do not go by mesh-vx1", c)
 		}
+	}
+}
+
+// Who closes the tunnel's port in the host's firewall is obeyed, although the short way goes past it: with meshd
+// running, when the probes fail, and without, since what comes the short way must have company on the long one.
+func TestFirewall(t *testing.T) {
+	for _, running := range []bool{true, false} {
+		t.Run(fmt.Sprintf("running=%v", running), func(t *testing.T) {
+			l := newLab(t)
+			a, b := l.host().container("10.32.0.1/12"), l.host().container("10.32.0.2/12")
+			for _, c := range []*labContainer{a, b} {
+				l.run("nsenter", "--net=/run/netns/"+c.ns, "sysctl", "-qw", "net.ipv6.conf.ethmesh.disable_ipv6=1")
+			}
+			a.knows(b)
+			b.knows(a)
+			l.startAll()
+			quiet(a, b)
+			r := l.stream(a, b, time.Millisecond)
+			flows := func() bool {
+				n := b.received()
+				return eventually(2*time.Second, func() bool { return b.received() > n+100 })
+			}
+			if !flows() {
+				t.Fatal("nothing arrives")
+			}
+			h := l.hosts[1]
+			short := h.look().Status.Hooks == "tcx"
+			if !running {
+				for _, h := range l.hosts {
+					h.kill()
+				}
+			}
+			long, all := l.packets(h, "mesh-vx"), b.received()
+			if !flows() {
+				t.Error("nothing arrives")
+			}
+			if long, all = l.packets(h, "mesh-vx")-long, b.received()-all; short && long > all/5 {
+				t.Errorf("%d of %d frames did not take the short way", long, all)
+			}
+			nft := func(command string) { l.run("nsenter", "--net=/run/netns/"+h.ns, "nft", command) }
+			nft("add table inet x; add chain inet x in { type filter hook input priority 0; }; add rule inet x in udp dport 6784 drop")
+			begun, last, n := time.Now(), time.Now(), b.received()
+			eventually(5*time.Second, func() bool {
+				if now := b.received(); now != n {
+					n, last = now, time.Now()
+				}
+				return time.Since(last) > 2*time.Second
+			})
+			took := last.Sub(begun)
+			if t.Logf("closed after %v", took); took > 2*time.Second && !slowMachine {
+				t.Errorf("frames arrive for %v after the port is closed, want 2 s", took)
+			}
+			nft("delete table inet x")
+			if running {
+				l.allUp(30 * time.Second)
+			}
+			if !flows() {
+				t.Error("nothing arrives once it is open again")
+			}
+			r.stop()
+		})
 	}
 }

@@ -20,9 +20,11 @@
 // bridge_out  what leaves the bridge device (the host's own frames) and the TAP (frames of interfaces
 //             that are not ours): known destinations on peers whose path is up go into mesh-vx.
 // vx_in       what arrives in the tunnel. Checked, then delivered, relayed, or answered if a probe.
-// under_in    what arrives on the underlay. Single packets to containers here are unpacked and delivered at once;
+// under_in    what arrives on the underlay. Frames for other peers are sent on as they are, but for addresses and hops;
+//             single packets to containers here are unpacked and delivered at once,
 //             TCP segments with data by way of mesh-vx0 and mesh-vx1, a veth pair in which the kernel joins them to superframes.
-//             All else, and whatever is not quite right, is left to the host's IP stack and vx_in.
+//             All else, and whatever is not quite right, is left to the host's IP stack and vx_in. And everything
+//             is, if nothing of that peer came through there lately: so the host's firewall is obeyed.
 // joined_in   what comes out of that pair.
 //
 // VNI = source short id << 12 | destination short id. Frames that were delivered from the tunnel never
@@ -42,6 +44,8 @@
 #define TTL_LEAST 128
 
 #define WHOLE_FOR 10000000000LL // ns
+#define HEARD_UNIT 26 // bits: 67 ms
+#define HEARD_FOR 16  // of them
 #define STAMP_EVERY 100000000ULL // ns; a stamp dirties a cache line that all CPUs read
 
 inline_ struct counter *count(struct __sk_buff *skb, enum reason reason)
@@ -352,6 +356,26 @@ inline_ int to_endpoint(struct __sk_buff *skb, const struct config *cfg, const s
 	return deliver(skb, to, cfg, FROM_TUNNEL);
 }
 
+inline_ __u32 heard_now(void)
+{
+	return bpf_ktime_get_coarse_ns() >> HEARD_UNIT;
+}
+
+inline_ void stamp_heard(struct peer *peer)
+{
+	__u32 now = heard_now();
+
+	if (unlikely(peer->heard != now))
+		peer->heard = now;
+}
+
+// Whether the host's firewall, which under_in goes past, lets this peer's datagrams in: some came through it a
+// moment ago, be it probes. So a port that somebody closes is closed at once, also while no meshd runs.
+inline_ int is_let_in(const struct peer *peer)
+{
+	return (int)(heard_now() - peer->heard) < HEARD_FOR;
+}
+
 SEC("tc/vx_in")
 int vx_in(struct __sk_buff *skb)
 {
@@ -372,6 +396,7 @@ int vx_in(struct __sk_buff *skb)
 		return drop(skb, DROP_VX_SOURCE_ID);
 	if (unlikely(!known_source(peer, &key, v6)))
 		return drop(skb, DROP_VX_ADDRESS);
+	stamp_heard(peer);
 	if ((key.tunnel_id & 0xfff) != cfg->self)
 		return relay(skb, cfg, &key);
 
@@ -405,6 +430,41 @@ inline_ int is_bare_ack(const struct tunnelled *t, const void *end)
 	       be16(t->inner_ip.len) == sizeof(t->inner_ip) + (tcp->offset >> 4) * 4;
 }
 
+// The header has no options. Its checksum is that of RFC 791.
+inline_ void set_checksum(struct ip4 *ip)
+{
+	const __u16 *words = (void *)ip;
+	__u32 sum = 0;
+
+	ip->checksum = 0;
+#pragma unroll
+	for (int i = 0; i < sizeof(*ip) / sizeof(*words); i++)
+		sum += words[i];
+	sum = (sum & 0xffff) + (sum >> 16);
+	ip->checksum = ~(sum + (sum >> 16));
+}
+
+// A datagram from one peer to another: out again as it is, superframes whole, to the next address. There is no outer
+// UDP checksum, and one that covers the outer IP header stays right if that one's own is.
+inline_ int relay_short(struct __sk_buff *skb, const struct config *cfg, const struct tunnelled *t, const struct peer *from, __u32 id)
+{
+	struct peer *to = find_peer(id);
+	struct ip4 ip = t->ip;
+
+	if (!(cfg->flags & CONFIG_RELAY) || !to || to == from || (to->flags & (PEER_UP | PEER_TO_V6)) != PEER_UP || !to->device ||
+	    ip.ttl < TTL_LEAST || is_probe(&t->inner) || !is_let_in(from))
+		return TC_PASS;
+	ip.ttl -= TTL_RELAY;
+	ip.src = to->local;
+	ip.dst = be32(to->to[0]);
+	set_checksum(&ip);
+	stamp(&to->used, bpf_ktime_get_coarse_ns());
+	if (bpf_skb_store_bytes(skb, sizeof(struct eth), &ip, sizeof(ip), 0))
+		return drop(skb, DROP_VX_MALFORMED);
+	count(skb, RELAYED);
+	return bpf_redirect_neigh(to->device, 0, 0, 0);
+}
+
 SEC("tc/under_in")
 int under_in(struct __sk_buff *skb)
 {
@@ -420,12 +480,12 @@ int under_in(struct __sk_buff *skb)
 	    skb->vlan_present || skb->pkt_type != PACKET_HOST)
 		return TC_PASS;
 	__u32 vni = be32(t->vxlan.vni), id = vni >> 20;
-	if ((vni & 0xff) || (vni >> 8 & 0xfff) != cfg->self)
-		return TC_PASS;
 	struct peer *peer = find_peer(id);
-	if (!peer || (peer->flags & (PEER_KNOWN | PEER_UP | PEER_FROM_V6)) != (PEER_KNOWN | PEER_UP) ||
+	if ((vni & 0xff) || !peer || (peer->flags & (PEER_KNOWN | PEER_UP | PEER_FROM_V6)) != (PEER_KNOWN | PEER_UP) ||
 	    peer->device != skb->ifindex || peer->from[0] != be32(t->ip.src) || peer->local != t->ip.dst)
 		return TC_PASS;
+	if ((vni >> 8 & 0xfff) != cfg->self)
+		return relay_short(skb, cfg, t, peer, vni >> 8 & 0xfff);
 	if (t->inner.type != ETH_IP4 || is_group(t->inner.dst))
 		return TC_PASS;
 	int other = t->inner_ip.protocol != PROTO_TCP, alone = other || is_bare_ack(t, frame_end(skb));
@@ -433,6 +493,8 @@ int under_in(struct __sk_buff *skb)
 		stamp(&peer->whole[other], bpf_ktime_get_coarse_ns());
 		return TC_PASS;
 	}
+	if (unlikely(!is_let_in(peer)))
+		return TC_PASS;
 	__u32 len = be16(t->ip.len);
 	if (skb->len != sizeof(struct eth) + len || be16(t->udp.len) != len - sizeof(struct ip4))
 		return TC_PASS;

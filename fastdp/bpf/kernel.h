@@ -98,6 +98,7 @@ static long (*const bpf_skb_load_bytes)(const struct __sk_buff *skb, __u32 offse
 static long (*const bpf_skb_change_type)(struct __sk_buff *skb, __u32 type) = (void *)32;
 static long (*const bpf_skb_pull_data)(struct __sk_buff *skb, __u32 len) = (void *)39;
 static long (*const bpf_skb_adjust_room)(struct __sk_buff *skb, int bytes, __u32 mode, __u64 flags) = (void *)50;
+static long (*const bpf_redirect_neigh)(__u32 ifindex, void *params, int size, __u64 flags) = (void *)152; // since 5.10
 static long (*const bpf_redirect_peer)(__u32 ifindex, __u64 flags) = (void *)155;  // since 5.10
 static __u64 (*const bpf_ktime_get_coarse_ns)(void) = (void *)160;                 // since 5.11
 

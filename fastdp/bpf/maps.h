@@ -32,11 +32,11 @@ enum {
 // A peer, by its short id.
 struct peer {
 	__u32 flags;   // PEER_*
-	__u32 device;  // interface index: where its datagrams come in; 0: not known, or not to be looked at there
+	__u32 device;  // interface index: where its datagrams come in and go out; 0: not known, or not to be looked at there
 	__u32 local;   // and the address of this host to which they come, IPv4, network byte order
-	__u32 pad;
+	__u32 heard;   // when something of it last came through the host's IP stack, in units of 2^26 ns
 	__u32 to[4];   // underlay address to send to: the peer's own, or that of the relay. IPv4: host byte order, in to[0]
-	__u32 from[4]; // underlay address that its own datagrams bear
+	__u32 from[4]; // underlay address that its datagrams bear: its own, or that of the relay
 	__u64 used;    // when a frame was last sent to it, ns, at most STAMP_EVERY late
 	__u64 whole[2]; // when a superframe last came from it, of TCP and of others: as used
 };
