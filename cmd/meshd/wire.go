@@ -443,7 +443,13 @@ func (h *house) serve(ctx context.Context, notify *notifier) error {
 	if err := (targets{h}).Connect(peers, true); err != nil {
 		return err
 	}
-	g, ctx := errgroup.WithContext(ctx)
+	inner, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer context.AfterFunc(ctx, func() {
+		h.kernel.leave()
+		stop()
+	})()
+	defer stop()
+	g, ctx := errgroup.WithContext(inner)
 	run := func(room string, f func(context.Context) error) {
 		g.Go(func() error { return ended(ctx, room, f(ctx)) })
 	}
