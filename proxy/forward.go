@@ -13,13 +13,10 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/url"
-	"regexp"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // backend is the way to the daemon.
@@ -32,11 +29,7 @@ type backend struct {
 
 const (
 	dialTimeout = 10 * time.Second
-	copyBuffer  = 64 << 10
-
-	bulkBuffer = 256 << 10   // of each direction of a stream that moves much
-	bulkSocket = 1 << 20     // bytes that may be under way to a unix socket then
-	lingerTime = time.Second // for a client to close after the daemon has
+	copyBuffer  = 32 << 10 // bytes; what Docker's programs write at a time, and it stays in the processor's cache
 )
 
 func newBackend(cfg Config, log *slog.Logger) (*backend, error) {
@@ -145,60 +138,6 @@ func (b *backend) forward(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// bulkPath is where files and images go in and out.
-var bulkPath = regexp.MustCompile(`^(/v[0-9.]+)?/(containers/.+/(archive|export)|images/(.+/)?get|images/load|images/create|build)$`)
-
-// bulk passes a request on as the only one of its connection: behind the head nothing is decoded, neither
-// there nor back, and the daemon closes when it has answered.
-func (b *backend) bulk(w http.ResponseWriter, r *http.Request) {
-	up, err := b.dial(b.run)
-	if err != nil {
-		b.unreachable(w, r, err)
-		return
-	}
-	defer up.Close()
-	defer context.AfterFunc(b.run, func() { up.Close() })()
-	down, rw, err := http.NewResponseController(w).Hijack()
-	if err != nil {
-		b.unreachable(w, r, err)
-		return
-	}
-	defer down.Close()
-	defer context.AfterFunc(b.run, func() { down.Close() })()
-	if err := writeRequestHead(up, r); err != nil {
-		return
-	}
-	widen(up)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		copyHalf(up, down, rw.Reader, bulkBuffer)
-		io.Copy(io.Discard, down) // what comes after a refusal
-	}()
-	copyHalf(down, up, bufio.NewReader(up), bulkBuffer)
-	down.SetReadDeadline(time.Now().Add(lingerTime))
-	<-done
-}
-
-// writeRequestHead writes request line and headers, with those that net/http keeps apart, for a connection
-// that ends with the answer. The body follows as the client frames it.
-func writeRequestHead(w io.Writer, r *http.Request) error {
-	h := r.Header.Clone()
-	h.Set("Connection", "close")
-	if len(r.TransferEncoding) > 0 {
-		h.Set("Transfer-Encoding", strings.Join(r.TransferEncoding, ", "))
-	} else if r.ContentLength > 0 {
-		h.Set("Content-Length", strconv.FormatInt(r.ContentLength, 10))
-	} else if h.Del("Content-Length"); r.Method != http.MethodGet && r.Method != http.MethodHead {
-		h.Set("Content-Length", "0")
-	}
-	buf := bufio.NewWriter(w)
-	fmt.Fprintf(buf, "%s %s %s\r\nHost: %s\r\n", r.Method, r.RequestURI, r.Proto, r.Host)
-	h.Write(buf)
-	buf.WriteString("\r\n")
-	return buf.Flush()
-}
-
 // mayHijack reports whether the answer can be 101 or, to clients that do not ask for an upgrade, a raw stream.
 func mayHijack(r *http.Request) bool {
 	if r.Header.Get("Upgrade") != "" {
@@ -281,40 +220,21 @@ func splice(down net.Conn, fromDown *bufio.Reader, up net.Conn, fromUp *bufio.Re
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		copyHalf(up, down, fromDown, copyBuffer)
+		copyHalf(up, down, fromDown)
 	}()
-	copyHalf(down, up, fromUp, copyBuffer)
+	copyHalf(down, up, fromUp)
 	<-done
 }
 
-// widen lets more be under way to the daemon's unix socket than the kernel's default of 208 KiB, so that three
-// programs on two processors wait less for each other: docker cp into a container took 1.07 s instead of 1.2 s for
-// 512 MiB. The other way it made no difference. Only root may exceed net.core.wmem_max.
-func widen(c net.Conn) {
-	u, ok := c.(*net.UnixConn)
-	if !ok {
-		return
-	}
-	if raw, err := u.SyscallConn(); err == nil {
-		raw.Control(func(fd uintptr) {
-			_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, bulkSocket) // what cannot be had is only slower
-		})
-	}
-}
-
-func copyHalf(dst, src net.Conn, buffered *bufio.Reader, buffer int) {
+// copyHalf copies one direction and passes its end on.
+func copyHalf(dst io.Writer, src io.Reader, buffered *bufio.Reader) {
 	if n := buffered.Buffered(); n > 0 {
 		head, _ := buffered.Peek(n) // cannot fail: it is there
 		if _, err := dst.Write(head); err != nil {
 			return
 		}
 	}
-	if _, ok := dst.(*net.TCPConn); ok {
-		io.Copy(dst, src) // by splice(2)
-	} else {
-		// net.UnixConn has no such way. splice by hand saved 4 ms of processor time in 64 MiB, and no time.
-		io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{src}, make([]byte, buffer))
-	}
+	io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{src}, make([]byte, copyBuffer))
 	if half, ok := dst.(interface{ CloseWrite() error }); ok {
 		half.CloseWrite()
 	}

@@ -18,7 +18,9 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
@@ -124,6 +126,7 @@ type bench struct {
 	client     *http.Client
 	socket     string
 	wait       string // directory of the waiter
+	stop       context.CancelFunc
 }
 
 // start runs a proxy between a fake daemon and a client.
@@ -153,6 +156,7 @@ func start(t *testing.T, change func(*Config)) *bench {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
+	b.stop = cancel
 	done := make(chan error, 1)
 	go func() { done <- p.Run(ctx) }()
 	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -566,6 +570,57 @@ func TestBulk(t *testing.T) {
 		if bulkPath.MatchString(path) {
 			t.Errorf("%s is taken for bulk", path)
 		}
+	}
+}
+
+// A transfer that stands still ends when the proxy ends, and soon after the daemon has had its say.
+func TestBulkCut(t *testing.T) {
+	for _, c := range []string{"proxy ends", "daemon ends"} {
+		t.Run(c, func(t *testing.T) {
+			l, err := net.Listen("unix", filepath.Join(t.TempDir(), "docker.sock"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			b := start(t, func(cfg *Config) { cfg.Docker = "unix://" + l.Addr().String() })
+			client, err := net.Dial("unix", b.socket)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer client.Close()
+			client.SetDeadline(time.Now().Add(10 * time.Second))
+			io.WriteString(client, "PUT /containers/x/archive HTTP/1.1\r\nHost: docker\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
+			daemon, err := l.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer daemon.Close()
+			daemon.SetDeadline(time.Now().Add(10 * time.Second))
+			for r := bufio.NewReader(daemon); ; {
+				if line, err := r.ReadString('\n'); err != nil {
+					t.Fatal(err)
+				} else if line == "hello\r\n" {
+					break
+				}
+			}
+			want := ""
+			if c == "proxy ends" {
+				b.stop()
+			} else {
+				want = "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\ndone"
+				io.WriteString(daemon, want)
+				daemon.Close()
+			}
+			if got, err := io.ReadAll(client); err != nil || string(got) != want {
+				t.Errorf("got %q, %v", got, err)
+			}
+			for err == nil { // until nobody reads it any more
+				_, err = client.Write(make([]byte, 1<<10))
+			}
+			if !errors.Is(err, syscall.EPIPE) && !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("the connection lives on: %v", err)
+			}
+		})
 	}
 }
 
