@@ -41,7 +41,7 @@ type FirewallConfig struct {
 
 const (
 	checkEvery  = 500 * time.Millisecond // how often others' changes are looked for
-	legacyEvery = 5 * time.Second        // the same for iptables-legacy, which has no generation to ask for
+	legacyEvery = 5 * time.Second        // the same for what iptables-legacy has and what its layout does not tell
 )
 
 // Firewall keeps the one table of the family inet, and the rules that Docker's FORWARD chain needs beside it, as
@@ -469,6 +469,7 @@ func (f *Firewall) Run(ctx context.Context) error {
 	gens := &generations{host: f.host}
 	defer gens.close()
 	var last uint32
+	var lastLayout [2][84]byte
 	checked := time.Now()
 	for {
 		select {
@@ -479,12 +480,12 @@ func (f *Firewall) Run(ctx context.Context) error {
 				f.applyLogged()
 			}
 		case now := <-tick.C:
-			gen := gens.now()
+			gen, layout := gens.now(), f.ipt.layout()
 			due := f.legacy.Load() && now.Sub(checked) >= legacyEvery
-			if gen == 0 || gen != last || due {
+			if gen == 0 || gen != last || layout != lastLayout || due {
 				f.applyLogged()
 				// As of before: what others did meanwhile, like what we wrote ourselves, is looked at next time.
-				checked, last = now, gen
+				checked, last, lastLayout = now, gen, layout
 			}
 		}
 	}

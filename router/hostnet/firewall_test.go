@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"reflect"
 	"strings"
 	"testing"
@@ -253,6 +254,87 @@ func TestFlushIsUndone(t *testing.T) {
 	wantPing(t, "to outside", s.inside, "192.168.77.2", true)
 }
 
+// What firewalld, iptables-persistent and Docker do when they load their rules anew is undone within a second as
+// far as it concerns the mesh, and nothing is there twice.
+func TestReload(t *testing.T) {
+	for _, tool := range []string{"iptables-nft", "iptables-legacy"} {
+		t.Run(tool, func(t *testing.T) {
+			s := newSite(t)
+			sh := func(script string) {
+				t.Helper()
+				var out []byte
+				err := inNamespace(s.hostNS, func() (err error) {
+					out, err = exec.Command("/bin/sh", "-c", script).CombinedOutput()
+					return err
+				})
+				if err != nil {
+					t.Fatalf("%s: %v\n%s", script, err, out)
+				}
+			}
+			run(t, s.inside, "ip route add default via 10.2.1.100")
+			docker := fmt.Sprintf("%[1]s -P FORWARD DROP && %[1]s -N DOCKER-USER && %[1]s -A DOCKER-USER -j RETURN && %[1]s -I FORWARD -j DOCKER-USER", tool)
+			sh(docker)
+			sh("nft add table inet firewalld && nft add chain inet firewalld filter_FORWARD '{ type filter hook forward priority 10; policy accept; }'")
+			if err := s.fw.Expose(prefixes("10.2.1.100/24")[0], true); err != nil {
+				t.Fatal(err)
+			}
+			dir := t.TempDir()
+			sh(fmt.Sprintf("nft list table inet firewalld >%[1]s/firewalld; (cat %[1]s/firewalld; nft list table inet mesh) >%[1]s/all; %[2]s-save >%[1]s/ipt", dir, tool))
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error, 1)
+			go func() { done <- s.fw.Run(ctx) }()
+			defer func() { cancel(); <-done }()
+			// ours is what iptables has of ours, counted rules included.
+			ours := func() (lines []string) {
+				out, err := try(s.hostNS, tool+" -S") // fails while the rules are being replaced
+				for line := range strings.Lines(out) {
+					if err == nil && strings.Contains(line, "MESH-") {
+						lines = append(lines, line)
+					}
+				}
+				return lines
+			}
+			wantTable, wantRules := run(t, s.hostNS, "nft list table inet mesh"), ours()
+			for _, c := range []string{
+				"nft flush ruleset; nft -f DIR/firewalld; " + tool + "-restore <DIR/ipt",
+				"nft flush ruleset; nft -f DIR/all; " + tool + "-restore <DIR/ipt",
+				"nft -f DIR/all", // our table's rules are there twice for a moment
+				tool + " -F",
+				tool + " -F; " + tool + "-restore <DIR/ipt",
+				tool + "-restore --noflush <DIR/ipt",
+				tool + "-restore --noflush <DIR/ipt; " + tool + " -A FORWARD -j MESH-FORWARD; " + tool + " -A MESH-FORWARD -j ACCEPT",
+				tool + " -D FORWARD -j DOCKER-USER; " + tool + " -F DOCKER-USER; " + tool + " -X DOCKER-USER; " + tool + " -F; " + tool + " -X; " + docker,
+			} {
+				c = strings.ReplaceAll(c, "DIR", dir)
+				sh(c)
+				start := time.Now()
+				settled := ""
+				eventually(t, "restored after "+c, func() bool {
+					table, err := try(s.hostNS, "nft list table inet mesh")
+					rules := ours()
+					settled = table + strings.Join(rules, "")
+					jumps := 0
+					for _, r := range rules {
+						if strings.HasSuffix(r, "-j MESH-FORWARD\n") {
+							jumps++
+						}
+					}
+					return err == nil && table == wantTable && len(rules) == len(wantRules) && jumps == 1
+				})
+				if d := time.Since(start); d > time.Second {
+					t.Errorf("%s: restored after %v, want 1s", c, d)
+				}
+				wantPing(t, "to outside after "+c, s.inside, "192.168.77.2", true)
+				if t.Failed() {
+					t.Fatalf("%s left\n%s\nwant\n%s%s", c, settled, wantTable, strings.Join(wantRules, ""))
+				}
+				sh(tool + " -F DOCKER-USER; " + tool + " -A DOCKER-USER -j RETURN; " + tool + " -C FORWARD -j DOCKER-USER 2>&1 || " + tool + " -I FORWARD -j DOCKER-USER")
+				eventually(t, "as before "+c, func() bool { return strings.Join(ours(), "") == strings.Join(wantRules, "") })
+			}
+		})
+	}
+}
+
 // handle finds the handle of some rule in a listing.
 func handle(listing string) string {
 	for line := range strings.Lines(listing) {
@@ -453,7 +535,7 @@ garbage
 	want := filter{
 		drops: map[string]bool{"INPUT": false, "FORWARD": true, "DOCKER-USER": false, "MESH-FORWARD": false},
 		rules: map[string][]string{"DOCKER-USER": {"-A DOCKER-USER -j MESH-FORWARD"}, "MESH-FORWARD": {"-A MESH-FORWARD -i mesh -o mesh -j ACCEPT"}},
-		jumps: map[string][]string{"MESH-FORWARD": {"DOCKER-USER"}},
+		jumps: map[string][]string{"MESH-FORWARD": {"DOCKER-USER"}, "DOCKER-USER": {"FORWARD"}},
 	}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, want %+v", got, want)

@@ -10,8 +10,10 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unsafe"
 
 	"github.com/google/nftables"
+	"golang.org/x/sys/unix"
 )
 
 // An accept in our table cannot undo a drop in somebody else's: where Docker, or a policy, makes the
@@ -47,7 +49,7 @@ type iptables struct {
 type filter struct {
 	drops map[string]bool     // by chain: it drops by policy or rule
 	rules map[string][]string // by chain, for those that exist beside the kernel's own
-	jumps map[string][]string // by chain of ours: the chains that jump to it
+	jumps map[string][]string // by chain of ours or for users: the chains that jump to it
 }
 
 func (t *iptables) legacy() bool {
@@ -170,7 +172,7 @@ func parseFilter(text string) filter {
 			if rules, ok := f.rules[chain]; ok {
 				f.rules[chain] = append(rules, strings.Join(words, " "))
 			}
-			if strings.HasPrefix(target, "MESH-") {
+			if strings.HasPrefix(target, "MESH-") || target == "DOCKER-USER" {
 				f.jumps[target] = append(f.jumps[target], chain)
 			}
 			f.drops[chain] = f.drops[chain] || target == "DROP" || target == "REJECT"
@@ -218,7 +220,7 @@ func inputRules(w wish, six bool) (rules []string) {
 // fill makes our chain in one table have these rules and its parent jump to it, in one transaction.
 func (t *iptables) fill(tool string, f filter, h hook, rules []string) error {
 	parent := h.chain
-	if f.rules[h.user] != nil {
+	if f.rules[h.user] != nil && slices.Contains(f.jumps[h.user], h.chain) { // a flush leaves the chain, and no way to it
 		parent = h.user
 	}
 	if slices.Equal(f.rules[h.ours], rules) && slices.Equal(f.jumps[h.ours], []string{parent}) {
@@ -284,4 +286,29 @@ func (t *iptables) run(tool, input string, args ...string) (string, error) {
 		return "", fmt.Errorf("%s %s: %w: %s", tool, strings.Join(args, " "), err, strings.TrimSpace(stderr.String()))
 	}
 	return stdout.String(), nil
+}
+
+// layout is what the kernel says of the legacy filter tables: how many entries they have, how many bytes, and
+// where chains begin and end. It changes with nearly every change of rules, and asking takes no other program.
+func (t *iptables) layout() (all [2][84]byte) {
+	const getInfo = 64 // IPT_SO_GET_INFO and IP6T_SO_GET_INFO: struct ipt_getinfo, which begins with the table's name
+	inNamespace(t.host.ns, func() error {
+		for i, f := range []struct{ family, level int }{{unix.AF_INET, unix.IPPROTO_IP}, {unix.AF_INET6, unix.IPPROTO_IPV6}} {
+			names, err := os.ReadFile("/proc/thread-self/net/" + []string{"ip_tables_names", "ip6_tables_names"}[i])
+			if err != nil || !slices.Contains(strings.Fields(string(names)), "filter") {
+				continue // asking would make it
+			}
+			fd, err := unix.Socket(f.family, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+			if err != nil {
+				continue
+			}
+			copy(all[i][:], "filter")
+			size := uint32(len(all[i]))
+			unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(f.level), getInfo,
+				uintptr(unsafe.Pointer(&all[i][0])), uintptr(unsafe.Pointer(&size)), 0) // what it does not say, iptables -S does every 5 s
+			unix.Close(fd)
+		}
+		return nil
+	})
+	return all
 }
