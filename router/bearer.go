@@ -1,6 +1,7 @@
 package router
 
 import (
+	"slices"
 	"time"
 
 	"meshd/mesh"
@@ -41,7 +42,49 @@ func (t *Topology) bears(e *entry, name mesh.PeerName, key [32]byte) bool {
 	if t.keys.NameOf(key) == name {
 		return true
 	}
-	return !e.linked && !e.down.IsZero() && t.now.Sub(e.down) >= nameHold
+	return !e.linked && !e.away.IsZero() && t.now.Sub(e.away) >= nameHold
+}
+
+// rival notes who has told us of another bearer of the name. Rows are verified before they are passed on, so that
+// peer has met one, or made it up.
+func (e *entry) rival(from mesh.PeerName, now time.Time) {
+	if _, again := e.rivals[from]; !again && len(e.rivals) >= maxRivals {
+		return
+	}
+	if e.rivals == nil {
+		e.rivals = map[mesh.PeerName]time.Time{}
+	}
+	e.rivals[from] = now
+}
+
+const (
+	maxRivals = 256         // of one name
+	rivalAge  = time.Minute // peers that differ compare what they know much more often
+)
+
+// rivalledLocked reports whether all who have a link to that name mean another bearer by it: then the one that is
+// known here is not reached, although somebody of its name is. Otherwise who comes to a mesh between a host's end
+// and its being made anew would take the new one for an impostor for good.
+func (t *Topology) rivalledLocked(name mesh.PeerName, e *entry) bool {
+	for from, at := range e.rivals {
+		if t.now.Sub(at) > rivalAge {
+			delete(e.rivals, from)
+		}
+	}
+	if len(e.rivals) == 0 {
+		return false
+	}
+	for from, p := range t.peers {
+		if _, means := e.rivals[from]; means || from == name || !p.down.IsZero() {
+			continue
+		}
+		for _, page := range p.pages {
+			if slices.ContainsFunc(page.links, func(l PeerLink) bool { return l.To == name }) {
+				return false
+			}
+		}
+	}
+	return true
 }
 
 // key is whose word counts for a peer.

@@ -2,6 +2,7 @@ package router
 
 import (
 	"errors"
+	"slices"
 	"testing"
 	"time"
 
@@ -243,6 +244,51 @@ func BenchmarkMergePage(b *testing.B) {
 		to := newTopology(newPeer(2))
 		if _, err := to.Merge(pn(1), delta); err != nil {
 			b.Fatal(err)
+		}
+	}
+}
+
+// A host under a chosen name was made anew, and others have taken it in, before somebody who only heard of the old one
+// came to the mesh. That one takes it in too, once the old one is away for long enough; but not on the word of a
+// peer while another still has a link to the old one.
+func TestNewBearerMetByOthers(t *testing.T) {
+	const name = 9
+	chosen := func(key int) Peer {
+		p := newPeer(name)
+		p.Key, p.Run = newPeer(key).Key, mesh.RunID(key)
+		return p
+	}
+	old, anew := newTopology(chosen(70)), newTopology(chosen(71))
+	for _, c := range []struct {
+		what  string
+		links []int // who has a link to that name
+		tells int   // who tells of the new bearer
+		taken bool
+	}{
+		{"by its only neighbour", []int{3}, 3, true},
+		{"by one of two", []int{3, 4}, 3, false},
+		{"by somebody else", []int{3}, 4, false},
+	} {
+		topo := newTopology(newPeer(2))
+		merge(t, topo, all(old))
+		for _, n := range []int{3, 4} {
+			x := newTopology(newPeer(n))
+			var links []PeerLink
+			if slices.Contains(c.links, n) {
+				links = []PeerLink{linkTo(name, time.Millisecond)}
+			}
+			x.SetLinks(append(links, linkTo(2, time.Millisecond)))
+			merge(t, topo, all(x))
+		}
+		for s := range 13 {
+			now := t0.Add(time.Duration(s) * time.Second)
+			topo.Reach(now, Patience{0, time.Hour}, func(mesh.PeerName) bool { return true })
+			if _, err := topo.Merge(pn(c.tells), all(anew)); s < 10 && refusal(t, err).Foreign != 1 {
+				t.Errorf("%s: after %d s: %v", c.what, s, err)
+			}
+		}
+		if got, _ := topo.KeyOf(pn(name)); (got == chosen(71).Key) != c.taken {
+			t.Errorf("%s: the key is %x", c.what, got)
 		}
 	}
 }

@@ -56,6 +56,9 @@ type entry struct {
 	hidden bool     // not offered to others any more
 	linked bool     // there is a live link to it,
 	proven [32]byte // whose handshake proved this key
+
+	away   time.Time                   // when its bearer was first not reached; zero while it is
+	rivals map[mesh.PeerName]time.Time // who has told us of another bearer, and when last
 }
 
 // maxPeers bounds what a peer gone mad can make us hold.
@@ -233,7 +236,7 @@ func (t *Topology) storeLocked(e *entry, r *record) {
 // say to it: a delta to pass on in turn, possibly larger than one message (see Split). A malformed delta
 // is rejected whole; records that are not signed as they must be are left out, and then the error is a
 // *mesh.Refusal.
-func (t *Topology) Merge(_ mesh.PeerName, delta []byte) (news []byte, err error) {
+func (t *Topology) Merge(from mesh.PeerName, delta []byte) (news []byte, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	records, err := parseNews(delta, t.recordLocked)
@@ -254,7 +257,13 @@ func (t *Topology) Merge(_ mesh.PeerName, delta []byte) (news []byte, err error)
 			}
 			continue
 		}
-		if t.staleLocked(r) || !t.genuineLocked(r, &refused) {
+		if t.staleLocked(r) {
+			continue
+		}
+		if foreign := refused.Foreign; !t.genuineLocked(r, &refused) {
+			if refused.Foreign > foreign {
+				t.peers[r.id.peer].rival(from, t.now)
+			}
 			continue
 		}
 		e := t.entryLocked(r.id.peer)
@@ -305,6 +314,7 @@ func (t *Topology) dropLocked(e *entry) {
 	}
 	e.base = nil
 	clear(e.pages)
+	clear(e.rivals)
 	t.changes++
 }
 
@@ -551,7 +561,13 @@ func (t *Topology) Reach(now time.Time, limit Patience, reachable func(mesh.Peer
 			continue
 		}
 		state, hidden := Alive, e.hidden
-		if reachable(name) {
+		reached := reachable(name)
+		if reached && !t.rivalledLocked(name, e) {
+			e.away = time.Time{}
+		} else if e.away.IsZero() {
+			e.away = now
+		}
+		if reached {
 			e.down, e.hidden = time.Time{}, false
 		} else {
 			if e.down.IsZero() {
