@@ -280,6 +280,14 @@ func parseAnswer(b []byte, id uint16, q upstreamQuestion) (*miekg.Msg, error) {
 	if !strings.EqualFold(got.Name, want.Name) || got.Qtype != want.Qtype || got.Qclass != want.Qclass {
 		return nil, errMismatch
 	}
+	for _, section := range [][]miekg.RR{m.Answer, m.Ns, m.Extra} {
+		for _, rr := range section {
+			// Types 128 to 255 are no data but about a message (RFC 6895 §3.1), and not about ours.
+			if t := rr.Header().Rrtype; t >= 128 && t <= 255 {
+				return nil, errMismatch
+			}
+		}
+	}
 	return m, nil
 }
 
