@@ -27,6 +27,7 @@ import (
 type sniffer struct {
 	needles map[string][]byte // what they are; fixed once it runs
 	frames  atomic.Uint64
+	hellos  atomic.Uint64 // first messages of handshakes
 
 	mu    sync.Mutex // guards what follows
 	stage string
@@ -56,6 +57,9 @@ func (w *world) sniff(needles map[string][]byte, hosts ...*lab.Host) *sniffer {
 
 func (s *sniffer) look(h *lab.Host, frame []byte) {
 	s.frames.Add(1)
+	if len(frame) > 42 && frame[12] == 8 && frame[23] == 17 && frame[36] == 6783>>8 && frame[37] == 6783&0xff && frame[42] == 1 {
+		s.hellos.Add(1)
+	}
 	for what, needle := range s.needles {
 		if !bytes.Contains(frame, needle) {
 			continue
@@ -214,7 +218,7 @@ func (w *world) gone(h *lab.Host, sig syscall.Signal) {
 // TestNoCleartext keeps sniffers on the underlay of a mesh with a password through all that happens to it.
 // Neither what containers say nor their MAC addresses nor names may be seen.
 func TestNoCleartext(t *testing.T) {
-	w := newWorld(t, 3, 2*time.Minute)
+	w := newWorld(t, 3, scaled(2*time.Minute, 6*time.Minute))
 	h1, h2, h3 := w.Host(1), w.Host(2), w.Host(3)
 	password := []string{"MESH_PASSWORD=" + secret}
 	needles := map[string][]byte{
@@ -262,6 +266,15 @@ func TestNoCleartext(t *testing.T) {
 	}
 	w.waitHeard("with the new password", there, back)
 
+	if long() {
+		s.at("renewed by age")
+		before := s.hellos.Load()
+		w.try(lab.Until(w.ctx, 150*time.Second, "keys two minutes old to be renewed", func() bool { return s.hellos.Load() > before }))
+		w.rest(25 * time.Second) // for all of them
+		t.Logf("%d handshakes by age", s.hellos.Load()-before)
+		w.waitHeard("with renewed keys", there, back)
+	}
+
 	s.at("killed and launched")
 	w.gone(h2, syscall.SIGKILL)
 	w.rest(300 * time.Millisecond)
@@ -274,6 +287,7 @@ func TestNoCleartext(t *testing.T) {
 		{"without nft table", "nft flush ruleset"},
 		{"without TAP", "ip link del mesh-tap"},
 		{"without bridge", "ip link del mesh"},
+		{"without the container's veth", "ip link del $(cd /sys/class/net && echo vmesh*)"},
 		{"without vxlan device", "ip link del mesh-vx || ip link add mesh-vx up type vxlan external dstport 6784"},
 	} {
 		s.at(x.what)
