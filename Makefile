@@ -37,11 +37,14 @@ build:
 need-root:
 	@if [ "$$(id -u)" != 0 ]; then echo 'this target makes network namespaces and starts dockerds: run it as root, as in "sudo make $(MAKECMDGOALS)"' >&2; exit 1; fi
 
-demo: need-root build
+demo: need-root deps build
 	bin/meshctl demo
 
-# command:package
-NEEDED := ip:iproute2 ethtool:ethtool nft:nftables iptables:iptables ss:iproute2 sysctl:procps ping:iputils-ping setpriv:util-linux dockerd:docker.io containerd:containerd runc:runc busybox:busybox-static
+# command:package, first those of the demo
+LAB    := ip:iproute2 nft:nftables ss:iproute2 sysctl:procps ping:iputils-ping mount:mount
+NEEDED := $(LAB) ethtool:ethtool iptables:iptables setpriv:util-linux dockerd:docker.io containerd:containerd runc:runc busybox:busybox-static
+
+demo: NEEDED := $(LAB)
 
 deps: need-root
 	@missing=; for pair in $(NEEDED); do \
@@ -49,6 +52,7 @@ deps: need-root
 	done; \
 	if [ -z "$$missing" ]; then echo 'every Debian package that is needed is there'; \
 	else echo "installing$$missing"; apt-get update -qq && \
+	  case "$$missing" in *docker.io*) ! apt-cache show docker-cli >/dev/null 2>&1 || missing="$$missing docker-cli";; esac && \
 	  printf '#!/bin/sh\nexit 101\n' > /tmp/meshd-policy-rc.d && chmod +x /tmp/meshd-policy-rc.d && \
 	  made=; [ -e /usr/sbin/policy-rc.d ] || { cp /tmp/meshd-policy-rc.d /usr/sbin/policy-rc.d; made=1; }; \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; code=$$?; \
