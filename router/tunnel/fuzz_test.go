@@ -152,13 +152,13 @@ func FuzzHandshake(f *testing.F) {
 		}
 		m := mac(s.mac1[:], b[:end])
 		copy(b[end:], m[:])
-		same := bytes.Equal(b[4:end], sent[4:end])
+		same := len(b) == len(sent) && bytes.Equal(b[4:end], sent[4:end])
 		var err error
 		switch b[0] {
 		case typeHello1:
 			// Of a first message the index and the flags are anybody's who has the password.
 			_, err = newResponder(idB, s, b, ours(idB, 2))
-			same = same || bytes.Equal(b[hello1HeaderLen:end], sent[hello1HeaderLen:end])
+			same = len(b) == len(sent) && bytes.Equal(b[hello1HeaderLen:end], sent[hello1HeaderLen:end])
 		case typeHello2:
 			var theirs terms
 			theirs, err = in2.readHello2(b)
