@@ -29,7 +29,7 @@ func TestScale(t *testing.T) {
 		c := simnet.NewCluster(t, simnet.Options{
 			Seed: max(*seedFlag, 1),
 			Config: func(_ int, cfg *gossip.Config) {
-				cfg.ConnLimit, cfg.RoutesPause = *linksFlag, time.Duration(n/100)*50*time.Millisecond
+				cfg.ConnLimit, cfg.RoutesPause = *linksFlag, time.Duration(n)*time.Millisecond
 			},
 			Prepare: func(i int, node *gossip.Node) {
 				tables[i] = newSetTable()
@@ -50,13 +50,21 @@ func TestScale(t *testing.T) {
 			}
 			return simnet.Whole(c.Peers)
 		}
-		took := c.Until("cold start", 10*time.Minute, whole)
+		begun, told := time.Now(), time.Now()
+		took := c.Until("cold start", 10*time.Minute, func() error {
+			err := whole()
+			if err != nil && time.Since(told) >= time.Second {
+				told = time.Now()
+				t.Logf("after %v: %v; %+v, %d s of processor time", time.Since(begun), err, c.Net.Stats(), processTime()/time.Second)
+			}
+			return err
+		})
 		t.Logf("%d peers, cold start: %v; %s", n, took, mark())
 		kinds()
-		time.Sleep(2 * time.Minute)
+		time.Sleep(30 * time.Second)
 		mark()
 		kinds()
-		time.Sleep(time.Minute)
+		time.Sleep(30 * time.Second)
 		t.Logf("idle: %s", mark())
 		kinds()
 		links := 0
@@ -88,7 +96,7 @@ func TestScale(t *testing.T) {
 		t.Logf("one death known: %v; %s", took, mark())
 		c.Start(n-1, 0)
 		t.Logf("restart: %v; %s", c.Until("restart", 5*time.Minute, whole), mark())
-		time.Sleep(time.Minute)
+		time.Sleep(20 * time.Second)
 		c.Net.Split(c.Hosts(0, n/2), c.Hosts(n/2, n))
 		time.Sleep(45 * time.Second)
 		mark()
