@@ -494,7 +494,7 @@ func (d *dialer) step(now time.Time) (dial []netip.AddrPort, resolve []*target) 
 		d.again(&t.retry, limit, now)
 	}
 
-	if !d.discovery {
+	if !d.discovery || d.limit > 0 && len(d.linked)+dialing >= d.limit {
 		return dial, resolve
 	}
 	var due []mesh.PeerName

@@ -13,7 +13,7 @@ import (
 
 const (
 	publishPause = 50 * time.Millisecond  // between publications, when a link went up or down;
-	publishMost  = 500 * time.Millisecond // it doubles up to this, and half a millisecond per peer,
+	publishMost  = 500 * time.Millisecond // it doubles up to this, both longer by half a millisecond per peer,
 	publishQuiet = 2 * time.Second        // until so long nothing was published
 	publishLazy  = time.Second            // between publications when anything else changed
 	routesPause  = 20 * time.Millisecond  // between computations of routes
@@ -53,29 +53,12 @@ type loopState struct {
 	again     map[mesh.PeerName]time.Time // whom to compare with again
 	conflict  time.Time
 	lacked    time.Time // when a key was missing last
-	runs      map[mesh.PeerName]bearer
-	runsAt    uint64 // changes of the topology when runs was made
 	flags     []router.PeerFlags
+	told      *router.Routes // and
+	toldAt    uint64         // changes of the topology when flags were made
 
 	syncCredit float64
 	syncAt     time.Time
-}
-
-// bearer is who has a name, and in which run.
-type bearer struct {
-	run mesh.RunID
-	key [32]byte
-}
-
-// roster is the run that each peer is in, as the topology tells.
-func (s *loopState) roster(t *router.Topology) map[mesh.PeerName]bearer {
-	if changes := t.Changes(); s.runs == nil || changes != s.runsAt {
-		s.runs, s.runsAt = map[mesh.PeerName]bearer{}, changes
-		for _, p := range t.Roster() {
-			s.runs[p.Name] = bearer{p.Run, p.Key}
-		}
-	}
-	return s.runs
 }
 
 // step does whatever is due.
@@ -169,7 +152,7 @@ func (n *Node) onLink(ev router.LinkEvent, now time.Time) {
 // reaches everybody.
 func (n *Node) publish(now time.Time) {
 	s := &n.state
-	most := publishMost + time.Duration(len(n.routes.Load().Reachable()))*time.Millisecond/2
+	large := time.Duration(len(n.routes.Load().Reachable())) * time.Millisecond / 2
 	if now.Sub(s.published) >= publishQuiet {
 		s.burst = 0
 	}
@@ -179,7 +162,7 @@ func (n *Node) publish(now time.Time) {
 			n.mu.Unlock()
 			return
 		}
-		s.burst = min(max(2*s.burst, publishPause), most)
+		s.burst = min(max(2*s.burst, publishPause+large), publishMost+large)
 		s.publish, s.lazy, s.published, s.settled = false, false, now, now
 	} else {
 		n.mu.Unlock()
@@ -244,7 +227,11 @@ func (n *Node) tellPeers() {
 	if n.cfg.OnPeers == nil {
 		return
 	}
-	routes := n.routes.Load()
+	s, routes, changes := &n.state, n.routes.Load(), n.topology.Changes()
+	if s.told == routes && s.toldAt == changes {
+		return
+	}
+	s.told, s.toldAt = routes, changes
 	var flags []router.PeerFlags
 	for _, p := range n.topology.Roster() {
 		if p.Name != n.self {
@@ -252,8 +239,8 @@ func (n *Node) tellPeers() {
 			flags = append(flags, router.PeerFlags{Name: p.Name, Reachable: ok, Foreign: p.Flags&router.FlagForeign != 0})
 		}
 	}
-	if !slices.Equal(flags, n.state.flags) {
-		n.state.flags = flags
+	if !slices.Equal(flags, s.flags) {
+		s.flags = flags
 		n.cfg.OnPeers(flags)
 	}
 }
@@ -334,7 +321,6 @@ func (n *Node) dial(ctx context.Context, now time.Time, lookups *sync.WaitGroup)
 		return
 	}
 	s.dialled = now
-	roster := s.roster(n.topology)
 	n.mu.Lock()
 	if n.conflict != "" {
 		n.mu.Unlock()
@@ -343,13 +329,13 @@ func (n *Node) dial(ctx context.Context, now time.Time, lookups *sync.WaitGroup)
 	addrs, hosts := n.dialer.step(now)
 	var usurpers []mesh.PeerName
 	for name, ll := range n.book.live {
-		known, ok := roster[name]
-		if ok && known.key != ll.link.Peer.Key {
+		known, ok := n.topology.Peer(name)
+		if ok && known.Key != ll.link.Peer.Key {
 			usurpers = append(usurpers, name)
 			continue
 		}
 		// A link that is new may be ahead of what is told about its peer.
-		if ok && known.run != ll.link.Peer.Run && now.Sub(ll.since) > time.Second {
+		if ok && known.Run != ll.link.Peer.Run && now.Sub(ll.since) > time.Second {
 			if a, ok := n.dialer.restarted(name, now); ok {
 				addrs = append(addrs, a)
 			}
