@@ -48,7 +48,10 @@ func (l *Lab) newHost(ctx context.Context, num int) (*Host, error) {
 	}
 	var err error
 	h.space, err = newSpace(ctx, l.id+"-"+h.Name, []string{"net", "mnt", "pid", "uts", "ipc"}, hostScript, scratch, h.Name)
-	return h, err
+	if err != nil {
+		return nil, err // what there is of a lab is closed, and half a host is not to be among it
+	}
+	return h, nil
 }
 
 func (h *Host) close() {
