@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"meshd/ipam/ring"
 	"meshd/mesh"
@@ -34,6 +35,8 @@ type call struct {
 	tries  int    // claim: unanswered
 	lost   []ring.ID
 	heir   ring.ID
+	gaps   bool          // repair: is of gaps in the ring
+	since  time.Duration // and when it began
 }
 
 // Holding is an address that something on this host has.
@@ -264,6 +267,21 @@ func (c *core) freeIn(lo, hi uint64) (n uint64) {
 	return n
 }
 
+// hasFree reports whether at least want addresses of ours in [lo, hi) are free. However many are used, it
+// takes no more steps than that.
+func (c *core) hasFree(lo, hi, want uint64) bool {
+	for _, s := range c.space {
+		for off, end := max(lo, s.lo), min(hi, s.hi); want > 0; want-- {
+			free, ok := c.holds.used.nextFree(off, end)
+			if !ok {
+				break
+			}
+			off = free + 1
+		}
+	}
+	return want == 0
+}
+
 func (c *core) ours(off uint64) bool {
 	i, found := slices.BinarySearchFunc(c.space, off, func(s span, off uint64) int {
 		if s.hi <= off {
@@ -341,7 +359,9 @@ func (c *core) release(owner string, addr netip.Addr) {
 	}
 }
 
-// reclaim takes all that runs on this host, found without our help, and returns what cannot be right.
+// reclaim takes all that runs on this host, found without our help, and returns what cannot be right. Before
+// the first time nothing was given out that may be missing in the list, so that a hold which it contradicts
+// is a mistake. Later a hold may be newer than the list, and stays.
 func (c *core) reclaim(live []Holding) (bad []Collision) {
 	running := make(map[string]bool, len(live))
 	for _, l := range live {
@@ -359,7 +379,7 @@ func (c *core) reclaim(live []Holding) (bad []Collision) {
 		h.off, h.in = c.offset(l.Addr.Addr())
 		if h.in {
 			other := c.holds.byOff[h.off]
-			if other != nil && !running[other.owner] {
+			if other != nil && !running[other.owner] && !c.liveKnown {
 				c.drop(other) // a write that failed, and was not acknowledged, may have reached the disk
 				other = nil
 			}

@@ -69,6 +69,9 @@ type core struct {
 	past               map[uint64]uint64 // clusters that we left, and for which one
 	strangers          map[mesh.PeerName]stranger
 	orphanAt, noticeAt time.Duration
+	collectedAt        time.Duration // when the losses were looked at,
+	collectedGen       uint64        // at which generation of the ring
+	answersNew         bool          // and whether there was an answer since
 
 	meta       map[string][]byte // as it should be on disk
 	dirtyMeta  map[string]bool

@@ -36,7 +36,8 @@
 //   - What X still gives away later, as a ghost that is cut off, bears epoch e and loses everywhere to e+1.
 //   - Two removals at once, on two peers: each member answered both, and told both of each other before
 //     (the fences are part of the members' digest). At the time when all answers agree, both know all who
-//     fenced X, and the first of them takes, the other waits. If the first is itself fenced, the next one
+//     fenced X, and the first of them takes, the other waits (a later life of X's own peer comes before
+//     all others: X's containers may still run there). If the first is itself fenced, the next one
 //     takes; should the first have finished unheard, its writes are beaten by a higher epoch (Takeover
 //     adds one for each fenced colleague).
 //   - A member that is away is waited for. Its answer cannot be done without: it may hold the only copy of
@@ -56,6 +57,9 @@
 // take over what it was given. No protocol can exclude this without stopping new peers whenever any
 // member is away (a lone survivor must be able to go on, and it cannot know what only the dead knew). When
 // they meet, the later epoch wins, and the loser is treated like a fenced one: re-claim, or collision.
+// What cannot happen is that an owner is nobody's member: to hear of a segment is to hear that its owner is a
+// member (ring.Merge). And a peer whose view has gaps hands out nothing and takes nothing over, for it has
+// not heard of whoever owns them; if nobody who has is left, `repair` fills them (repair.go).
 //
 // Restart. The state file is what was acknowledged, so a restarted peer may be behind but is not wrong,
 // unless it was removed meanwhile or the file is an old copy. Both show in other members' views; so it
@@ -71,5 +75,6 @@
 //
 // The ring is founded once (package election, or by the seed). Its random id is in every delta and
 // message; what bears another id or another range is not merged, but reported on both sides. repair.go
-// says how two clusters become one.
+// says how two clusters become one. The limit: voters that have lost their state forget that they voted,
+// and if those who know the ring are out of reach, enough of them found another one.
 package ipam

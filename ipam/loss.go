@@ -113,14 +113,15 @@ func (c *core) missing(id ring.ID) (names []string, never bool) {
 }
 
 // winner is who takes the lost member's addresses: of those who declared it lost, the first that counts
-// as a member itself. When the views are known to be equal everywhere, nobody can know of another one.
-func (c *core) winner(id ring.ID) ring.ID {
+// as a member itself; a later life of the same peer before all others, because what holds the addresses may
+// still run there. When the views are known to be equal everywhere, nobody can know of another one.
+func (c *core) winner(id ring.ID) (first ring.ID) {
 	for _, f := range c.ring.Member(id).Fences {
-		if c.ring.Member(f).Active() {
-			return f
+		if c.ring.Member(f).Active() && (first.IsZero() || f.Peer == id.Peer && first.Peer != id.Peer) {
+			first = f
 		}
 	}
-	return ring.ID{}
+	return first
 }
 
 func (c *core) handleLosses() {
@@ -139,6 +140,11 @@ func (c *core) handleLosses() {
 	if !member {
 		return
 	}
+	// Messages come by the thousand, and a look at all answers about all losses is long.
+	if c.ring.Generation() == c.collectedGen && !c.answersNew && c.now-c.collectedAt < tickInterval {
+		return
+	}
+	c.collectedGen, c.collectedAt, c.answersNew = c.ring.Generation(), c.now, false
 	for _, id := range slices.SortedFunc(maps.Keys(c.losses), ring.ID.Compare) {
 		c.collect(id)
 	}

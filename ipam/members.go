@@ -76,13 +76,19 @@ func (c *core) adoptSeed() {
 	}
 }
 
-// fenceFormerLives declares lost what this peer was before it lost its state: nobody knows better.
+// fenceFormerLives declares lost what this peer was before it lost its state: nobody knows better. A life that a
+// former one has declared lost is the present one's affair too: what runs here may have its addresses.
 func (c *core) fenceFormerLives() {
 	if c.left {
 		return
 	}
 	for _, m := range c.ring.Members() {
-		if m.ID.Peer == c.me.Peer && m.ID != c.me && m.Active() {
+		if m.ID.Peer != c.me.Peer || m.ID == c.me {
+			continue
+		}
+		inherited := !slices.Contains(m.Fences, c.me) && len(c.ring.Owned(m.ID)) > 0 &&
+			slices.ContainsFunc(m.Fences, func(f ring.ID) bool { return f.Peer == c.me.Peer })
+		if m.Active() || inherited {
 			c.log.Warn("the state of an earlier life of this peer is lost; taking its address space over", "life", m.ID)
 			c.fence(m.ID)
 		}
@@ -146,7 +152,8 @@ func (c *core) attach() {
 // judgeServing decides whether enough others have been heard for space to be handed out. A new life needs
 // all members that are alive to know of it. A restarted one may have lost its space meanwhile, or have
 // an old state file, and its neighbours are found only by and by: it needs all members, or the alive
-// ones once the grace time is over.
+// ones once the grace time is over. And a view with gaps decides nothing: those who own the gaps are members
+// that this peer may never have heard of.
 func (c *core) judgeServing() {
 	others := c.activeMembers()
 	answered, missing := 0, 0
@@ -159,7 +166,7 @@ func (c *core) judgeServing() {
 		}
 	}
 	switch waited := c.now-c.birth >= c.cfg.Grace; {
-	case missing > 0:
+	case missing > 0 || c.ring.Unowned() > 0:
 		return
 	case c.founded || answered == len(others) && answered > 0 || answered > 0 && !c.restarted:
 	case !waited:
@@ -193,6 +200,9 @@ func (c *core) notReady() string {
 			if c.alive(id.Peer) && !c.answered[id.Peer] {
 				names = append(names, id.Peer.String())
 			}
+		}
+		if n := c.ring.Unowned(); n > 0 && c.now-c.birth > c.cfg.Grace {
+			return fmt.Sprintf("nobody in reach knows who owns %d addresses of the range (if nobody who does comes back: meshctl ipam repair)", n)
 		}
 		if len(names) == 0 {
 			return fmt.Sprintf("no other member is reachable; going on alone after %s", c.cfg.Grace)
@@ -284,6 +294,7 @@ func (c *core) noteCompared(from mesh.PeerName, m *message) {
 		}
 		if l := c.losses[it.id]; l != nil {
 			l.answers[sender] = answer{it.digest, m.members}
+			c.answersNew = true
 		}
 	}
 	c.noteHeir(sender)

@@ -19,12 +19,23 @@ import (
 // container keeps its address until it is renumbered (its next Allocate gives it another one). A peer that
 // missed all this, because it was away, is told so by the first peer of the successor that it talks to.
 
+//
+// The other thing to repair is a ring with gaps: ranges whose owners nobody left has ever heard of, because
+// all who had lost their state files, and the one that remained had been told a part of the ring only. Nobody
+// hands out addresses then, for the owners may just be away. That they are not is for people to say: the peer
+// that is told to repair takes the gaps.
+
 // startRepair joins this cluster with another one in sight.
 func (c *core) startRepair(call *call) (goOn bool) {
+	call.since = c.now
 	other := c.otherCluster()
 	if other == 0 || c.ring.Cluster() == 0 {
 		if len(c.holds.contest) > 0 || c.ring.Successor() != 0 {
 			return true // under way already
+		}
+		if c.ring.Unowned() > 0 {
+			call.gaps = true
+			return true
 		}
 		if bad := c.collisions(); len(bad) > 0 {
 			c.reply(call, result{collisions: bad})
@@ -62,6 +73,10 @@ func (c *core) tryRepair(call *call) bool {
 		}
 		return false
 	}
+	if call.gaps && c.ring.Unowned() > 0 {
+		c.fillGaps(call)
+		return false
+	}
 	if n := len(c.holds.contest); n > 0 {
 		call.why = "asking for the addresses of what runs here"
 		for h := range c.holds.contest {
@@ -74,6 +89,26 @@ func (c *core) tryRepair(call *call) bool {
 	}
 	c.reply(call, result{collisions: c.collisions()})
 	return true
+}
+
+// fillGaps takes what nobody owns, once all peers in reach have had the time to say who does.
+func (c *core) fillGaps(call *call) {
+	c.becomeMember()
+	call.why = "waiting for whoever knows more of the ring"
+	for _, id := range c.activeMembers() {
+		if id.Peer != c.cfg.Name && c.alive(id.Peer) && !c.answered[id.Peer] {
+			return
+		}
+	}
+	if c.full() || c.now-call.since < c.cfg.Grace || c.ring.Successor() != 0 {
+		return
+	}
+	d, n := c.ring.Fill(c.me), c.ring.Unowned()
+	c.write = &ownWrite{delta: d, done: func() {
+		c.log.Warn("took the addresses that nobody in reach knows the owner of", "addresses", n)
+		c.broadcast(d)
+		c.judgeHolds()
+	}}
 }
 
 // giveWay marks our ring with its successor; seeing the mark, ringChanged moves us over.

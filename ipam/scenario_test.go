@@ -306,6 +306,7 @@ func TestStateLost(t *testing.T) {
 	}
 	lose := func(n *node) {
 		n.kill()
+		w.forgot++
 		n.disk, n.known = make(map[string]map[string][]byte), nil
 	}
 	for _, n := range w.nodes {
@@ -343,6 +344,90 @@ func TestStateLost(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestStateLostTwice: a host loses its state again before its second life has taken the first one's addresses
+// over. The others carry that on, but what runs on the host has its addresses.
+func TestStateLostTwice(t *testing.T) {
+	for seed := range int64(10) {
+		w := cluster(t, seed, 5, "10.32.0.0/24")
+		for i := range 25 {
+			if _, err := w.get(w.nodes[i%5], fmt.Sprint("c", i), w.rangep, time.Minute); err != nil {
+				t.Fatal(err)
+			}
+		}
+		n, away := w.nodes[2], w.nodes[4]
+		away.group = 1 // so that no removal ends
+		for range 2 {
+			n.kill()
+			w.forgot++
+			n.disk, n.known = make(map[string]map[string][]byte), nil
+			n.start()
+			w.run(15 * time.Second)
+			w.must(t)
+		}
+		w.heal()
+		for i := range 30 {
+			w.allocate(w.nodes[i%2], fmt.Sprint("x", i), w.rangep)
+		}
+		w.run(15 * time.Second)
+		w.must(t)
+		for id, ct := range n.conts {
+			if h := n.core.holds.find(id, ct.addr.Addr()); h == nil || h.state != held {
+				t.Fatalf("seed %d: %s did not get %s of %s back: %+v", seed, n, ct.addr, id, h)
+			}
+		}
+	}
+}
+
+// TestGaps: a peer that knows a part of the ring only hands out nothing, says so, and a repair fills the gaps.
+func TestGaps(t *testing.T) {
+	w := newWorld(1, t.Logf)
+	w.rangep = netip.MustParsePrefix("10.32.0.0/26")
+	n := w.addNode(Init{Mode: Consensus, N: 3})
+	gone := ring.ID{Peer: mesh.PeerName{9}, Life: 9}
+	part := ring.Delta{Cluster: 5, Range: w.rangep, Members: []ring.Member{{ID: gone, Flags: ring.Joined | ring.Left}},
+		Segments: []ring.Segment{{Start: 8, End: 16, Owner: n.core.me, Epoch: 1, Count: 2, By: gone}}}
+	if _, err := n.table.Merge(gone.Peer, part.Append(nil)); err != nil {
+		t.Fatal(err)
+	}
+	_, err := w.get(n, "c", w.rangep, 20*time.Second)
+	if err == nil || !strings.Contains(err.Error(), "nobody in reach knows who owns 56 addresses") {
+		t.Fatalf("with gaps: %v", err)
+	}
+	var got *result
+	n.launch(&call{op: opRepair, answer: func(r result) { got = &r }}, 20*time.Second)
+	w.run(20 * time.Second)
+	if got == nil || got.err != nil || n.core.ring.Unowned() > 0 {
+		t.Fatalf("repair: %+v, %d of nobody", got, n.core.ring.Unowned())
+	}
+	if p, err := w.get(n, "c", w.rangep, 20*time.Second); err != nil || p.Addr() != netip.MustParseAddr("10.32.0.1") {
+		t.Errorf("repaired: %v, %v", p, err)
+	}
+	w.must(t)
+}
+
+// TestReclaimAgain: what is given out meanwhile is no mistake of a list that lacks it.
+func TestReclaimAgain(t *testing.T) {
+	w := cluster(t, 1, 1, "10.32.0.0/24")
+	n := w.nodes[0]
+	p, err := w.get(n, "new", w.rangep, time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	free := netip.MustParsePrefix("10.32.0.77/24")
+	var bad []Collision
+	n.step(func(c *core, now time.Time) {
+		c.at(now)
+		bad = c.reclaim([]Holding{{"found", p}, {"another", free}})
+	})
+	if len(bad) != 1 || bad[0].Owner != "found" || !strings.HasPrefix(bad[0].With, "new") {
+		t.Errorf("collisions: %v", bad)
+	}
+	if h := n.core.holds.find("another", free.Addr()); h == nil || h.state != held {
+		t.Errorf("%s is not held by what runs with it: %+v", free, h)
+	}
+	w.must(t)
 }
 
 // TestRestoredBackup puts an old copy of the state file back, after the peer had given space away.
@@ -409,6 +494,7 @@ func TestTwoClusters(t *testing.T) {
 	for seed := range int64(10) {
 		w := newWorld(seed, func(string, ...any) {})
 		w.rangep = netip.MustParsePrefix("10.32.0.0/24")
+		w.forgot = 1 // they were told of three voters and are six: two rings are what we want
 		for i := range 6 {
 			w.addNode(Init{Mode: Consensus, N: 3}).group = i % 2
 		}
@@ -600,7 +686,7 @@ func TestExhaustion(t *testing.T) {
 	}
 	w.run(20 * time.Second)
 	for _, n := range w.nodes {
-		for _, ct := range n.sortedConts() {
+		for _, ct := range n.sortedConts(nil) {
 			w.free(n, ct)
 		}
 	}
@@ -640,6 +726,7 @@ func storm(seed int64) *world {
 				n = w.addNode(init)
 			} else {
 				n.disk, n.known = make(map[string]map[string][]byte), nil // a new machine with an old name
+				w.forgot++
 				n.start()
 			}
 			for range 3 {

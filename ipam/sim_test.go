@@ -12,6 +12,7 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -52,6 +53,9 @@ type world struct {
 	former  map[ring.ID]bool      // lives that their own peer has fenced, or that were fenced after they had left
 	known   map[ring.ID]bool      // lives that are no orphans, for good
 	orphans map[ring.ID]bool      // as judged at orphansAt
+
+	clusters map[uint64]bool // all that were founded
+	forgot   int             // how often a state file was lost or thrown away
 
 	orphansAt time.Time
 	rolled    bool           // a state file was restored at some time
@@ -99,7 +103,7 @@ type node struct {
 	state map[*node]PeerState
 	known map[string]netip.Prefix // acknowledged, by owner and subnet, to be found again after a restart
 
-	looked uint64 // generation of the ring that noteOwnFences has seen
+	looked, counted uint64 // generations of the ring that noteOwnFences and noteFences have seen
 }
 
 var errDisk = errors.New("injected: no space left on device")
@@ -185,7 +189,7 @@ func (n *node) start() {
 	n.core, n.table = c, &Table{ring: r, frozen: c.frozen, changed: func() {}, stranger: func(from mesh.PeerName, d ring.Delta) { c.strangeDelta(from, d) }}
 	n.up, n.calls = true, make(map[*call]time.Time)
 	n.seen, n.state = make(map[*node]time.Time), make(map[*node]PeerState)
-	n.die, n.looked = false, 0
+	n.die, n.looked, n.counted = false, 0, 0
 	n.step(func(c *core, now time.Time) {
 		c.at(now)
 		// Rule 4: what was acknowledged and still runs is there.
@@ -196,7 +200,7 @@ func (n *node) start() {
 			}
 		}
 		var live []Holding
-		for _, ct := range n.sortedConts() {
+		for _, ct := range n.sortedConts(nil) {
 			live = append(live, Holding{ct.id, ct.addr})
 		}
 		for _, bad := range c.reclaim(live) {
@@ -493,7 +497,7 @@ func (w *world) acknowledged(n *node, id string, p, subnet netip.Prefix) {
 		w.fail("%s gave out %s, which it sees owned by %s", n, p, owner)
 	}
 	w.noteFences(n)
-	ct := &container{id, n, p, w.removed[n.core.me] || w.orphan(n.core.me)}
+	ct := &container{id, n, p, w.removed[n.core.me] || w.orphan(n.core.me) || w.minor(n)}
 	n.conts[id] = ct
 	n.known[id] = p
 	w.trace("%s: %s has %s (void %v)", n, id, p, ct.void)
@@ -585,6 +589,7 @@ func (w *world) orphanOf(life ring.ID, seen map[ring.ID]bool) bool {
 func (w *world) watch(n *node) {
 	c := n.core
 	w.noteOwnFences(n)
+	w.noteCluster(n)
 	if c.serving && w.witness[c.me] == nil {
 		ids := []ring.ID{}
 		for _, id := range c.activeMembers() {
@@ -626,13 +631,15 @@ func (w *world) review() {
 		if !n.up {
 			continue
 		}
-		for _, ct := range n.sortedConts() {
+		for _, ct := range n.sortedConts(func(ct *container) bool {
+			return ct.void || n.core.holds.find(ct.id, ct.addr.Addr()) == nil
+		}) {
 			h := n.core.holds.find(ct.id, ct.addr.Addr())
 			if h == nil {
 				w.fail("%s lost %s of %s", n, ct.addr, ct.id)
 				return
 			}
-			if ct.void && h.state == held && !w.removed[n.core.me] && n.core.serving && !w.orphan(n.core.me) {
+			if ct.void && h.state == held && !w.removed[n.core.me] && n.core.serving && !w.orphan(n.core.me) && !w.minor(n) {
 				ct.void = false // it was given its address again
 				w.check1(ct)
 			}
@@ -663,6 +670,10 @@ func (w *world) noteOwnFences(n *node) {
 
 // noteFences looks for removals that nobody ordered. A peer may fence others after ReclaimAfter.
 func (w *world) noteFences(n *node) {
+	if n.counted == n.core.ring.Generation() {
+		return
+	}
+	n.counted = n.core.ring.Generation()
 	for _, m := range n.core.ring.Members() {
 		host := w.by[m.ID.Peer]
 		if !m.Fenced() || w.removed[m.ID] || m.Flags&ring.Left != 0 || w.former[m.ID] {
@@ -676,6 +687,7 @@ func (w *world) noteFences(n *node) {
 		for _, ct := range host.conts {
 			ct.void = true
 		}
+		w.voidOrphans()
 	}
 }
 
@@ -703,6 +715,79 @@ func (w *world) voidHost(n, at *node) {
 	for _, ct := range n.conts {
 		ct.void = true
 	}
+	w.voidOrphans()
+}
+
+// life is the life that the node has, or had before it went down.
+func (n *node) life() ring.ID {
+	if n.up {
+		return n.core.me
+	}
+	life, _ := u64(n.disk[bucketMeta][metaLife])
+	return ring.ID{Peer: n.name, Life: uint32(life)}
+}
+
+// voidOrphans notes that a removal may have made orphans of lives that nobody named. They go on with what
+// they have, and those who removed all that knew of them hand it out again, as the package comment says:
+// once they meet, the orphan's containers count when it has got their addresses back.
+func (w *world) voidOrphans() {
+	w.orphansAt = time.Time{}
+	for _, n := range w.nodes {
+		if len(n.conts) > 0 && w.orphan(n.life()) {
+			for _, ct := range n.conts {
+				ct.void = true
+			}
+		}
+	}
+}
+
+// noteCluster looks for rings beside the first one. When voters have forgotten what they promised, because
+// their state is lost, or the operator reset them, and the others are out of reach, then they make a quorum
+// that founds anew: nothing tells them from new ones. Both clusters go on, with the same addresses, and say
+// so when they meet. The containers of all but the one that a repair keeps do not count until they are in it.
+func (w *world) noteCluster(n *node) {
+	if id := n.core.ring.Cluster(); id != 0 && !w.clusters[id] {
+		w.clusters[id] = true
+		if len(w.clusters) > 1 {
+			w.trace("cluster %x is a second one", id)
+			w.excused["another ring founded by voters that forgot"]++
+			if w.forgot == 0 {
+				w.fail("%s founds the ring again", n)
+			}
+		}
+	}
+	if len(w.clusters) > 1 {
+		for _, n := range w.nodes {
+			if w.minor(n) {
+				for _, ct := range n.conts {
+					ct.void = true
+				}
+			}
+		}
+	}
+}
+
+// minor reports whether the node is in a cluster that will give way.
+func (w *world) minor(n *node) bool {
+	if len(w.clusters) < 2 {
+		return false
+	}
+	main := n.cluster()
+	for _, o := range w.nodes {
+		if id := o.cluster(); id != 0 && !o.gone {
+			main = min(main-1, id-1) + 1 // zero comes last
+		}
+	}
+	return n.cluster() != main
+}
+
+// cluster is the node's, also while it is down; zero if it has none.
+func (n *node) cluster() uint64 {
+	if n.up {
+		return n.core.ring.Cluster()
+	}
+	id, _ := u64(n.disk[bucketMeta][metaCluster])
+	return id
 }
 
 func (w *world) pick(ok func(*node) bool) *node {
@@ -723,7 +808,7 @@ func isDown(n *node) bool { return !n.up && !n.gone }
 
 func newWorld(seed int64, trace func(string, ...any)) *world {
 	return &world{rng: rand.New(rand.NewPCG(uint64(seed), 7)), now: epoch, by: make(map[mesh.PeerName]*node), groups: 1, trace: trace,
-		removed: make(map[ring.ID]bool), witness: make(map[ring.ID][]ring.ID), former: make(map[ring.ID]bool), known: make(map[ring.ID]bool), excused: make(map[string]int), counts: make(map[string]int)}
+		removed: make(map[ring.ID]bool), witness: make(map[ring.ID][]ring.ID), former: make(map[ring.ID]bool), known: make(map[ring.ID]bool), clusters: make(map[uint64]bool), excused: make(map[string]int), counts: make(map[string]int)}
 }
 
 // simulate is one run of the given number of operations.
@@ -749,10 +834,14 @@ func simulate(seed int64, ops int, trace func(string, ...any)) *world {
 	}
 	w.run(2 * time.Second)
 	kills := w.rng.IntN(3) // how rough this run is
+	side := rand.New(rand.NewPCG(uint64(seed), 8))
 	for op := 0; op < ops && w.err == nil; op++ {
 		w.operation(kills, init)
 		if w.rng.IntN(3) == 0 {
 			w.run(simTick)
+		}
+		if side.IntN(50) == 0 {
+			w.findPort(side)
 		}
 		w.review()
 	}
@@ -827,6 +916,7 @@ func (w *world) operation(rough int, init Init) {
 			n.kill()
 			n.disk = make(map[string]map[string][]byte)
 			n.known = nil
+			w.forgot++
 		}
 	case x < 957 && rough > 0:
 		// The operator removes one that is down, gone or cut off, on one node or on two at once.
@@ -896,6 +986,42 @@ func (w *world) free(n *node, ct *container) {
 	}
 }
 
+// findPort has a host count once more what runs on it, while addresses are given out. It finds a container that
+// nobody here remembers, and its list lacks some that have only just got their addresses. A found one keeps
+// its address if that is free, and counts when the address is its host's; what was acknowledged stays.
+func (w *world) findPort(side *rand.Rand) {
+	n := w.nodes[side.IntN(len(w.nodes))]
+	if !n.up || !n.core.liveKnown || n.core.left {
+		return
+	}
+	addr := n.core.ring.Addr(side.Uint64N(ring.Size(w.rangep)))
+	var live []Holding
+	for _, ct := range n.sortedConts(nil) {
+		if side.IntN(2) == 0 {
+			live = append(live, Holding{ct.id, ct.addr})
+		} else if side.IntN(4) == 0 {
+			addr = ct.addr.Addr()
+		}
+	}
+	w.nextCont++
+	ct := &container{id: fmt.Sprintf("found%d", w.nextCont), host: n, addr: netip.PrefixFrom(addr, w.rangep.Bits()), void: true}
+	if checkClaim(ct.addr) != nil {
+		return
+	}
+	n.step(func(c *core, now time.Time) {
+		c.at(now)
+		bad := c.reclaim(append(live, Holding{ct.id, ct.addr}))
+		w.trace("%s finds %s with %s: %v", n, ct.id, ct.addr, bad)
+		switch {
+		case len(bad) > 1:
+			w.fail("%s cannot reclaim %v", n, bad)
+		case len(bad) == 0:
+			n.conts[ct.id] = ct
+			w.counts["found"]++
+		}
+	})
+}
+
 func (w *world) leave(n *node) {
 	call := &call{op: opLeave}
 	call.answer = func(r result) { w.trace("%s: reset: %d, %v", n, r.n, r.err) }
@@ -906,7 +1032,7 @@ func (w *world) leave(n *node) {
 			return
 		}
 	}
-	for _, ct := range n.sortedConts() {
+	for _, ct := range n.sortedConts(nil) {
 		w.free(n, ct)
 		if !n.up {
 			return
@@ -917,15 +1043,19 @@ func (w *world) leave(n *node) {
 	if n.up && n.core.left {
 		n.kill()
 		n.disk, n.known = make(map[string]map[string][]byte), nil
+		w.forgot++
 		clear(n.conts)
 	}
 }
 
-// sortedConts is the node's containers in an order that a seed always gives.
-func (n *node) sortedConts() (out []*container) {
-	for _, id := range slices.Sorted(maps.Keys(n.conts)) {
-		out = append(out, n.conts[id])
+// sortedConts is the node's containers of a kind, or all, in an order that a seed always gives.
+func (n *node) sortedConts(kind func(*container) bool) (out []*container) {
+	for _, ct := range n.conts {
+		if kind == nil || kind(ct) {
+			out = append(out, ct)
+		}
 	}
+	slices.SortFunc(out, func(a, b *container) int { return strings.Compare(a.id, b.id) })
 	return out
 }
 
@@ -933,7 +1063,7 @@ func (n *node) anyContainer() *container {
 	if len(n.conts) == 0 {
 		return nil
 	}
-	cts := n.sortedConts()
+	cts := n.sortedConts(nil)
 	return cts[n.w.rng.IntN(len(cts))]
 }
 
@@ -957,6 +1087,7 @@ func (w *world) finish() {
 	if w.pick(isUp) == nil {
 		return
 	}
+	w.repair()
 	for _, dead := range w.nodes {
 		if dead.gone {
 			w.declareLost(w.pick(isUp), dead)
@@ -1018,6 +1149,24 @@ func (w *world) finish() {
 		}
 	}
 	w.review()
+}
+
+// repair has the operator do what the peers ask for in their status: make one of two clusters, and fill the
+// gaps that nobody left knows the owners of.
+func (w *world) repair() {
+	for range 4 {
+		n := w.pick(func(n *node) bool {
+			return n.up && (n.core.otherCluster() != 0 || n.core.ring.Cluster() != 0 && n.core.ring.Unowned() > 0)
+		})
+		if n == nil || w.err != nil {
+			return
+		}
+		call := &call{op: opRepair, answer: func(r result) { w.trace("%s: repair: %v, %v", n, r.collisions, r.err) }}
+		w.trace("%s: repair", n)
+		w.counts["repairs"]++
+		n.launch(call, 20*time.Second)
+		w.run(25 * time.Second)
+	}
 }
 
 func sortedItems(n *node) []mesh.Item {

@@ -83,7 +83,7 @@ func (c *core) prefetch(subnet netip.Prefix) {
 	}
 	lo, hi := c.usable(subnet)
 	share := (hi - lo) / uint64(8*(1+len(c.activeMembers())))
-	if c.freeIn(lo, hi) >= min(lowWater, share) {
+	if c.hasFree(lo, hi, min(lowWater, share)) {
 		return
 	}
 	w := &want{subnet: subnet, no: make(map[ring.ID]no)}

@@ -105,7 +105,8 @@ func (a *app) ipamCommand() *cobra.Command {
 		Use:   "ipam repair",
 		Short: "Merge two clusters that divided the same range on their own",
 		Long: `Merges the address ring of another cluster, which this one has met and set aside, into this
-one's, and prints which containers must be given other addresses.`,
+one's, and prints which containers must be given other addresses. If nobody in reach knows who
+owns a part of the range, as "status ipam" then says, this peer takes that part.`,
 		ValidArgs: []string{"repair"},
 		Args:      cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {

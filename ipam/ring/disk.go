@@ -98,6 +98,12 @@ func Load(rng netip.Prefix, cluster, successor uint64, kv map[string][]byte) (*R
 		tokens = slices.Insert(tokens, 0, token{})
 	}
 	r.tokens = slices.CompactFunc(tokens, token.same)
+	for _, t := range r.tokens {
+		if t.owner != 0 {
+			r.mergeMember(Member{ID: r.ids[t.owner], Flags: Joined})
+		}
+	}
 	r.gen++
+	r.memberGen++
 	return r, nil
 }

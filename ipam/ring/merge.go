@@ -54,6 +54,15 @@ func (r *Ring) Merge(d Delta, frozen func(owner ID) bool) (news Delta, err error
 			news.Members = append(news.Members, m)
 		}
 	}
+	// Who owns something is a member, also to those whom its joining has not reached, and whether or not its
+	// segment wins: else all who know that it is one could be lost, and nobody could ever remove it.
+	for i, s := range d.Segments {
+		if i == 0 || s.Owner != d.Segments[i-1].Owner {
+			if m := (Member{ID: s.Owner, Flags: Joined}); r.mergeMember(m) {
+				news.Members = append(news.Members, m)
+			}
+		}
+	}
 	news.Segments = r.mergeSegments(d.Segments, frozen)
 	if !news.Empty() {
 		r.gen++
@@ -87,6 +96,9 @@ func (r *Ring) check(d Delta) error {
 		last = s.End
 		count(s.Owner)
 		count(s.By)
+		if r.members[s.Owner] == nil {
+			fresh++
+		}
 	}
 	for _, m := range d.Members {
 		if r.members[m.ID] == nil {
@@ -120,6 +132,7 @@ func (r *Ring) mergeMember(in Member) (changed bool) {
 		}
 	}
 	if changed {
+		r.memberGen++
 		r.dirtyIDs[in.ID] = struct{}{}
 	}
 	return changed

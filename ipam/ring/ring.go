@@ -9,7 +9,8 @@
 //
 // Two views merge address by address: the higher stamp wins. Stamps are totally ordered, so merging is
 // commutative, associative and idempotent whatever is merged and however it was cut into deltas.
-// Beside the tokens the ring holds its members: grow-only facts that merge by union.
+// Beside the tokens the ring holds its members: grow-only facts that merge by union. A segment implies that
+// its owner is a member.
 //
 // # Who may write
 //
@@ -131,12 +132,13 @@ type Ring struct {
 	index   map[ID]uint32
 	members map[ID]*Member
 
-	gen       uint64
+	gen       uint64 // of everything
+	memberGen uint64 // of the members
 	conflicts []Conflict
 	dirty     map[uint64]struct{} // starts of tokens that came, went or changed
 	dirtyIDs  map[ID]struct{}     // members that changed
 
-	// What was computed of the rest, and at which generation.
+	// What was computed of the rest, and at which generation (of the members, but for items).
 	digest    uint64 // of the members
 	digestGen uint64
 	sorted    []Member
@@ -183,6 +185,7 @@ func (r *Ring) Reset(cluster uint64) {
 	r.tokens, r.ids, r.index = []token{{}}, []ID{{}}, map[ID]uint32{{}: 0}
 	r.members, r.conflicts = make(map[ID]*Member), nil
 	r.gen++
+	r.memberGen++
 }
 
 func (r *Ring) setRange(rng netip.Prefix) {
@@ -301,6 +304,16 @@ func (r *Ring) Owners(lo, hi uint64) map[ID]uint64 {
 	return out
 }
 
+// Unowned is how many addresses belong to nobody as far as this view goes: somewhere, somebody knows better.
+func (r *Ring) Unowned() (n uint64) {
+	for i, t := range r.tokens {
+		if t.owner == 0 {
+			n += r.end(i) - t.start
+		}
+	}
+	return n
+}
+
 // Member returns what is known of an ID.
 func (r *Ring) Member(id ID) Member {
 	if m := r.members[id]; m != nil {
@@ -317,13 +330,13 @@ func (r *Ring) Fenced(id ID) bool {
 
 // Members returns all members, sorted. The slice is shared until the next change: nobody may write to it.
 func (r *Ring) Members() []Member {
-	if r.sorted == nil || r.sortedGen != r.gen {
+	if r.sorted == nil || r.sortedGen != r.memberGen {
 		out := make([]Member, 0, len(r.members))
 		for _, m := range r.members {
 			out = append(out, *m)
 		}
 		slices.SortFunc(out, func(a, b Member) int { return a.ID.Compare(b.ID) })
-		r.sorted, r.sortedGen = out, r.gen
+		r.sorted, r.sortedGen = out, r.memberGen
 	}
 	return r.sorted
 }
@@ -390,6 +403,15 @@ func (r *Ring) Takeover(of, by ID) Delta {
 	return d
 }
 
+// Fill is the delta by which one member takes all that nobody owns in this view. It beats the founding.
+func (r *Ring) Fill(by ID) Delta {
+	d := Delta{Cluster: r.cluster, Range: r.rng, Members: []Member{{ID: by, Flags: Joined | Seen}}}
+	for _, s := range r.Owned(ID{}) {
+		d.Segments = append(d.Segments, Segment{s.Start, s.End, by, 2, 1, by})
+	}
+	return d
+}
+
 // Digest stands for what an ID owns in this view: equal digests, equal tokens.
 func (r *Ring) Digest(id ID) uint64 {
 	h := newHash('d')
@@ -405,8 +427,8 @@ func (r *Ring) Digest(id ID) uint64 {
 
 // MembersDigest stands for the members and their flags and fences in this view.
 func (r *Ring) MembersDigest() uint64 {
-	if r.digestGen != r.gen {
-		r.digest, r.digestGen = 0, r.gen
+	if r.digestGen != r.memberGen {
+		r.digest, r.digestGen = 0, r.memberGen
 		for _, m := range r.members {
 			r.digest += hashMember(*m).sum() // the order of the map must not matter
 		}

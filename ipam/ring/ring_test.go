@@ -291,7 +291,7 @@ func TestGrantTakeoverFence(t *testing.T) {
 	// b has not heard of the grant when it fences 1 and says what it knows of 1's addresses.
 	frozen := func(o ID) bool { return o == id(1) }
 	mustMerge(t, b, Delta{Cluster: 9, Range: testRange, Members: []Member{{ID: id(1), Fences: []ID{id(3)}}}})
-	if news, err := b.Merge(grant, frozen); err != nil || !news.Empty() {
+	if news, err := b.Merge(grant, frozen); err != nil || len(news.Segments) > 0 {
 		t.Errorf("a frozen address changed: %+v, %v", news, err)
 	}
 	c := founded()
@@ -341,6 +341,40 @@ func TestMergeRefuses(t *testing.T) {
 	}
 	if !slices.Equal(before, sortedItems(r)) {
 		t.Error("a refused delta changed the ring")
+	}
+}
+
+// An owner is a member in every view that has heard of what it owns, even if what it owned is another's by now
+// and its joining was never heard of.
+func TestOwnersAreMembers(t *testing.T) {
+	own := func(epoch uint32, who int) Delta {
+		return Delta{Cluster: 9, Range: testRange, Segments: []Segment{{0, 8, id(who), epoch, 1, id(1)}}}
+	}
+	a, b := New(testRange), New(testRange)
+	mustMerge(t, a, own(1, 2))
+	mustMerge(t, a, own(2, 3))
+	mustMerge(t, b, own(2, 3))
+	news := mustMerge(t, b, own(1, 2)) // loses
+	if len(news.Segments) > 0 || len(news.Members) != 1 {
+		t.Errorf("news of an older segment: %+v", news)
+	}
+	for _, who := range []int{2, 3} {
+		if !a.Member(id(who)).Active() || !b.Member(id(who)).Active() {
+			t.Errorf("%s owns or owned something and is no member", id(who))
+		}
+	}
+	if a.MembersDigest() != b.MembersDigest() || a.Digest(id(3)) != b.Digest(id(3)) {
+		t.Error("the order of merging matters")
+	}
+	kv := a.Changes()
+	for k := range kv {
+		if k[0] == 'm' {
+			delete(kv, k) // as an earlier version may have left it
+		}
+	}
+	old, err := Load(testRange, 9, 0, kv)
+	if err != nil || !old.Member(id(3)).Active() {
+		t.Errorf("loaded: %+v, %v", old.Members(), err)
 	}
 }
 
