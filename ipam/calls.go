@@ -363,9 +363,13 @@ func (c *core) release(owner string, addr netip.Addr) {
 // the first time nothing was given out that may be missing in the list, so that a hold which it contradicts
 // is a mistake. Later a hold may be newer than the list, and stays.
 func (c *core) reclaim(live []Holding) (bad []Collision) {
-	running := make(map[string]bool, len(live))
+	type use struct {
+		owner string
+		addr  netip.Addr
+	}
+	running := make(map[use]bool, len(live))
 	for _, l := range live {
-		running[l.Owner] = true
+		running[use{l.Owner, l.Addr.Addr()}] = true
 	}
 	for _, l := range live {
 		if c.holds.find(l.Owner, l.Addr.Addr()) != nil {
@@ -379,7 +383,7 @@ func (c *core) reclaim(live []Holding) (bad []Collision) {
 		h.off, h.in = c.offset(l.Addr.Addr())
 		if h.in {
 			other := c.holds.byOff[h.off]
-			if other != nil && !running[other.owner] && !c.liveKnown {
+			if other != nil && !running[use{other.owner, other.addr.Addr()}] && !c.liveKnown {
 				c.drop(other) // a write that failed, and was not acknowledged, may have reached the disk
 				other = nil
 			}

@@ -430,6 +430,34 @@ func TestReclaimAgain(t *testing.T) {
 	w.must(t)
 }
 
+// TestReclaimAfterFailedRenumbering: the write that gave a running container another one's address failed, but
+// reached the disk. Both keep what they run with.
+func TestReclaimAfterFailedRenumbering(t *testing.T) {
+	w := cluster(t, 1, 1, "10.32.0.0/24")
+	n := w.nodes[0]
+	p, err := w.get(n, "a", w.rangep, time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	q, err := w.get(n, "b", w.rangep, time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.kill()
+	delete(n.disk[bucketHeld], (&hold{owner: "a", addr: p}).key())
+	delete(n.disk[bucketHeld], (&hold{owner: "b", addr: q}).key())
+	n.disk[bucketHeld][(&hold{owner: "b", addr: p}).key()] = []byte{}
+	n.known = nil
+	n.start() // fails if it cannot reclaim
+	w.run(5 * time.Second)
+	w.must(t)
+	for owner, addr := range map[string]netip.Prefix{"a": p, "b": q} {
+		if h := n.core.holds.find(owner, addr.Addr()); h == nil || h.state != held {
+			t.Errorf("%s does not hold %s: %+v", owner, addr, h)
+		}
+	}
+}
+
 // TestRestoredBackup puts an old copy of the state file back, after the peer had given space away.
 func TestRestoredBackup(t *testing.T) {
 	for seed := range int64(30) {
