@@ -108,7 +108,7 @@ func (p *bufferPool) Put(b []byte) { p.pool.Put(&b) }
 
 func (b *backend) unreachable(w http.ResponseWriter, r *http.Request, err error) {
 	if r.Context().Err() != nil {
-		return // the client has gone
+		panic(http.ErrAbortHandler) // the client has gone, or has closed its half and must not read an empty 200
 	}
 	var tooLarge *http.MaxBytesError
 	if errors.As(err, &tooLarge) {
@@ -211,7 +211,9 @@ func answer(w http.ResponseWriter, resp *http.Response) {
 		h[k] = v
 	}
 	w.WriteHeader(resp.StatusCode)
-	io.Copy(w, resp.Body) // a broken copy breaks the connection, which is the client's sign
+	if _, err := io.Copy(w, resp.Body); err != nil {
+		panic(http.ErrAbortHandler) // so that what arrived does not pass for the whole
+	}
 }
 
 // splice copies both directions, what the readers have buffered first, and passes the end of each on as

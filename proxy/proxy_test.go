@@ -431,6 +431,46 @@ func TestDaemonDies(t *testing.T) {
 	}
 }
 
+// An answer that the daemon does not end is not ended by the proxy either.
+func TestAnswerCut(t *testing.T) {
+	b := start(t, nil)
+	b.daemon.handler = func(w http.ResponseWriter, r *http.Request) {
+		io.WriteString(w, "the first part")
+		http.NewResponseController(w).Flush()
+		panic(http.ErrAbortHandler)
+	}
+	for _, path := range []string{"/containers/x/attach", "/containers/x/wait", "/build"} {
+		resp, err := b.client.Post("http://docker"+path, "application/json", nil)
+		if err != nil {
+			continue
+		}
+		got, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err == nil {
+			t.Errorf("%s: %q passes for the whole answer", path, got)
+		}
+	}
+}
+
+// A client that closes its sending half before there is an answer gets a true one or none.
+func TestHalfClosedBeforeAnswer(t *testing.T) {
+	b := start(t, nil)
+	b.daemon.handler = func(_ http.ResponseWriter, r *http.Request) {
+		<-r.Context().Done()
+		panic(http.ErrAbortHandler)
+	}
+	conn, err := net.Dial("unix", b.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	io.WriteString(conn, "POST /containers/x/wait HTTP/1.1\r\nHost: docker\r\n\r\n")
+	conn.(*net.UnixConn).CloseWrite()
+	if got, err := io.ReadAll(conn); len(got) > 0 || err != nil {
+		t.Errorf("got %q, %v", got, err)
+	}
+}
+
 func TestInspectRewritten(t *testing.T) {
 	b := start(t, func(c *Config) { c.RewriteInspect = true })
 	resp, err := b.client.Get("http://docker/containers/ours/json")
