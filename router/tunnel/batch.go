@@ -130,7 +130,7 @@ func (t *Tunnel) writeFrames(datagrams []byte, size int, to netip.AddrPort) {
 	}
 	why := dropOf(err)
 	t.drops.add(why)
-	if why == dropSend && !errors.Is(err, net.ErrClosed) && t.noisy.take(time.Now()) {
+	if why != dropSize && !errors.Is(err, net.ErrClosed) && t.noisy.take(time.Now()) {
 		t.log.Warn("frames not sent", "underlay", to, "err", err)
 	}
 	if why == dropSize {
