@@ -10,9 +10,8 @@ import (
 )
 
 // mutations break the allocator on purpose. The simulation must notice every one of them: this is how we
-// know that it looks. Not in the list, because random runs hardly ever get there: that only the first of
-// several removers takes (two would have to finish within one network delay), and that frozen addresses
-// stay (TestGrantTakeoverFence in package ring looks at that).
+// know that it looks. Not in the list, because random runs hardly ever get there: that frozen addresses stay
+// (TestGrantTakeoverFence in package ring looks at that).
 var mutations = []struct {
 	name, file, old, new string
 	test                 string // that has to fail; empty: TestSimulation
@@ -21,6 +20,7 @@ var mutations = []struct {
 	{"the epoch does not count in merges", "ring/merge.go", "cmp.Or(cmp.Compare(a.epoch, b.epoch), ", "cmp.Or(", ""},
 	{"a failed write counts as done", "core.go", "func (c *core) settle(err error) []effect {\n", "func (c *core) settle(err error) []effect {\n\terr = nil\n", ""},
 	{"a takeover waits for nobody", "loss.go", "if names, _ := c.missing(id); len(names) > 0 {", "if names, _ := c.missing(id); len(names) > 1000 {", ""},
+	{"every remover takes", "loss.go", "if c.winner(id) != c.me || !c.serving", "if !c.serving", ""},
 	{"a fenced peer goes on", "members.go", "case m.Fenced():", "case m.Fenced() && false:", ""},
 	{"a restarted peer does not compare first", "members.go", "case missing > 0 || c.ring.Unowned() > 0:\n\t\treturn\n\tcase c.founded ||", "case true ||", ""},
 	{"what runs is given to who asks for it", "space.go", "case h != nil:\n", "case h != nil && false:\n", ""},

@@ -598,7 +598,7 @@ func (w *world) watch(n *node) {
 	if c.serving && w.witness[c.me] == nil {
 		ids := []ring.ID{}
 		for _, id := range c.activeMembers() {
-			if c.answered[id.Peer] {
+			if c.answered[id.Peer] || c.alive(id.Peer) { // an alive one has to have answered: no excuse if it has not
 				ids = append(ids, id)
 			}
 		}
