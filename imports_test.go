@@ -15,7 +15,7 @@ import (
 // A room is a directory with all that is below it, unless a longer entry takes that out.
 var rooms = []string{
 	"meshd/container", "meshd/control", "meshd/dns", "meshd/fastdp", "meshd/integration", "meshd/ipam", "meshd/mesh",
-	"meshd/proxy", "meshd/router", "meshd/router/gossip", "meshd/router/hostnet", "meshd/router/tunnel", "meshd/store",
+	"meshd/proxy", "meshd/router", "meshd/router/gossip", "meshd/router/hostnet", "meshd/router/tunnel", "meshd/sim", "meshd/store",
 	"meshd/cmd/meshctl", "meshd/cmd/meshd",
 }
 

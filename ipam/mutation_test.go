@@ -1,12 +1,12 @@
 package ipam
 
 import (
-	"encoding/json"
+	"cmp"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
+
+	"meshd/sim/mutate"
 )
 
 // mutations break the allocator on purpose. The simulation must notice every one of them: this is how we
@@ -38,43 +38,10 @@ func TestMutations(t *testing.T) {
 	}
 	for _, m := range mutations {
 		t.Run(m.name, func(t *testing.T) {
-			src, err := os.ReadFile(m.file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if strings.Count(string(src), m.old) != 1 {
-				t.Fatalf("%s has %q %d times, want once", m.file, m.old, strings.Count(string(src), m.old))
-			}
-			dir := t.TempDir()
-			broken := filepath.Join(dir, "broken.go")
-			if err := os.WriteFile(broken, []byte(strings.Replace(string(src), m.old, m.new, 1)), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			abs, err := filepath.Abs(m.file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			overlay, _ := json.Marshal(map[string]map[string]string{"Replace": {abs: broken}})
-			list := filepath.Join(dir, "overlay.json")
-			if err := os.WriteFile(list, overlay, 0o600); err != nil {
-				t.Fatal(err)
-			}
-			test := m.test
-			if test == "" {
-				test = "TestSimulation"
-			}
-			binary := filepath.Join(dir, "broken.test")
-			if out, err := exec.CommandContext(t.Context(), "go", "test", "-c", "-overlay", list, "-o", binary, ".").CombinedOutput(); err != nil {
-				t.Fatalf("%v\n%s", err, out)
-			}
-			out, err := exec.CommandContext(t.Context(), binary, "-test.run", "^"+test+"$", "-sim.seeds", "200", "-sim.stop", "1").CombinedOutput()
-			if err == nil {
-				t.Fatalf("not caught:\n%s", out)
-			}
-			if !strings.Contains(string(out), "--- FAIL") {
-				t.Fatalf("it failed for another reason:\n%s", out)
-			}
-			for line := range strings.Lines(string(out)) {
+			test := cmp.Or(m.test, "TestSimulation")
+			binary := mutate.Build(t, m.file, m.old, m.new)
+			out := mutate.Caught(t, binary, "-test.run", "^"+test+"$", "-sim.seeds", "200", "-sim.stop", "1")
+			for line := range strings.Lines(out) {
 				if strings.Contains(line, "seed") {
 					t.Logf("caught: %s", strings.TrimSpace(line))
 					break

@@ -18,7 +18,6 @@ import (
 // somebody else has already is a collision: it is logged, listed in Status and returned, and the
 // container keeps its address until it is renumbered (its next Allocate gives it another one). A peer that
 // missed all this, because it was away, is told so by the first peer of the successor that it talks to.
-
 //
 // The other thing to repair is a ring with gaps: ranges whose owners nobody left has ever heard of, because
 // all who had lost their state files, and the one that remained had been told a part of the ring only. Nobody

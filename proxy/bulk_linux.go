@@ -3,7 +3,6 @@ package proxy
 import (
 	"bufio"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -74,7 +73,10 @@ func (b blocking) shutdown(how int) (err error) {
 	if err != nil {
 		return err
 	}
-	return errors.Join(raw.Control(func(fd uintptr) { err = unix.Shutdown(int(fd), how) }), err)
+	if gone := raw.Control(func(fd uintptr) { err = unix.Shutdown(int(fd), how) }); gone != nil {
+		return gone
+	}
+	return err
 }
 
 // ownThread takes a connection away from the runtime's poller; one that is no plain socket stays as it is. Three
@@ -91,12 +93,11 @@ func ownThread(c net.Conn) io.ReadWriteCloser {
 		return c
 	}
 	dup := -1
-	raw.Control(func(fd uintptr) {
-		if dup, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0); err == nil {
-			err = unix.SetNonblock(dup, false)
-		}
-	})
-	if dup < 0 || err != nil {
+	raw.Control(func(fd uintptr) { dup, _ = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0) })
+	if dup < 0 {
+		return c
+	}
+	if err := unix.SetNonblock(dup, false); err != nil {
 		unix.Close(dup)
 		return c
 	}

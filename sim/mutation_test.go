@@ -1,12 +1,11 @@
 package sim
 
 import (
-	"encoding/json"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
+
+	"meshd/sim/mutate"
 )
 
 // mutations break the product on purpose. The oracles must notice every one of them: this is how we know that
@@ -34,43 +33,12 @@ func TestMutations(t *testing.T) {
 	}
 	for _, m := range mutations {
 		t.Run(m.name, func(t *testing.T) {
-			src, err := os.ReadFile(m.file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if n := strings.Count(string(src), m.old); n != 1 {
-				t.Fatalf("%s has %q %d times, want once", m.file, m.old, n)
-			}
-			dir := t.TempDir()
-			broken := filepath.Join(dir, "broken.go")
-			if err := os.WriteFile(broken, []byte(strings.Replace(string(src), m.old, m.new, 1)), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			abs, err := filepath.Abs(m.file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			overlay, _ := json.Marshal(map[string]map[string]string{"Replace": {abs: broken}})
-			list := filepath.Join(dir, "overlay.json")
-			if err := os.WriteFile(list, overlay, 0o600); err != nil {
-				t.Fatal(err)
-			}
-			binary := filepath.Join(dir, "broken.test")
-			if out, err := exec.CommandContext(t.Context(), "go", "test", "-vet=off", "-c", "-overlay", list, "-o", binary, ".").CombinedOutput(); err != nil {
-				t.Fatalf("%v\n%s", err, out)
-			}
 			args := []string{"-test.run", "^" + m.runs + "$", "-seeds", "12", "-test.failfast"}
 			if m.runs == "TestPartitions" {
 				args = append(args, "-hosts", "5", "-cut", "45s", "-seeds", "3")
 			}
-			out, err := exec.CommandContext(t.Context(), binary, args...).CombinedOutput()
-			if err == nil {
-				t.Fatalf("not caught:\n%s", out)
-			}
-			if !strings.Contains(string(out), "--- FAIL") {
-				t.Fatalf("it failed for another reason:\n%s", out)
-			}
-			lines := strings.Split(string(out), "\n")
+			out := mutate.Caught(t, mutate.Build(t, m.file, m.old, m.new), args...)
+			lines := strings.Split(out, "\n")
 			for i, line := range lines[:len(lines)-1] {
 				if strings.Contains(line, "seed ") && strings.HasSuffix(line, ":") {
 					t.Logf("caught: %s %s", strings.TrimSpace(line), strings.TrimSpace(lines[i+1]))

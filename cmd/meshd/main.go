@@ -98,9 +98,9 @@ func run(args []string, env environment, stdout, stderr io.Writer) int {
 		return exitOK
 	}
 	logOptions(log, flags)
-	// The goroutines of the frame path, a reader of each queue and of the socket, wait in system calls, each with one of the runtime's processors in
-	// hand. Were none left beside, the runtime would take theirs away every 20 µs, and each frame had to wait for
-	// two more thread switches until it got one again.
+	// The goroutines of the frame path, a reader of each queue and of the socket, wait in system calls, each with
+	// one of the runtime's processors in hand. Were none left beside, the runtime would take theirs away every
+	// 20 µs, and each frame had to wait for two more thread switches until it got one again.
 	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + tapQueues() + 2)
 	askForShortSlices()
 	if err := runUntilSignal(cfg, env, log); err != nil {
