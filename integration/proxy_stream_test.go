@@ -286,10 +286,13 @@ func TestProxyStreams(t *testing.T) {
 	w.launch(h)
 }
 
-// testProxyCopy moves a big file out of a container and into one, in turns by the proxy and directly.
+// testProxyCopy moves a big file out of a container and into one, and an image of that size out of dockerd and into it, in turns
+// by the proxy and directly.
 func testProxyCopy(w *world, h *lab.Host) {
-	size := scaled(256, 1024) // MiB
+	size := scaled(128, 1024) // MiB
 	_, err := h.Out(w.ctx, "docker", "exec", "box", "dd", "if=/dev/zero", "of=/big", "bs=1M", "count="+strconv.Itoa(size))
+	w.try(err)
+	_, err = h.Out(w.ctx, "sh", "-c", fmt.Sprintf("mkdir /var/tmp/image && truncate -s %dM /var/tmp/image/big && tar -C /var/tmp/image -cf /var/tmp/big.tar big && rm -r /var/tmp/image", size))
 	w.try(err)
 	before := w.meshdMemory(h)
 	took := map[string][]time.Duration{}
@@ -320,9 +323,16 @@ func testProxyCopy(w *world, h *lab.Host) {
 			}
 			run("out", endpoint, nil, nil, "cp", "box:/big", "/var/tmp/big")
 			run("in", endpoint, nil, nil, "cp", "/var/tmp/big", "box:/big2")
+			if round == 1 && i == 0 {
+				w.dockerAt(h, dockerSocket, "", "import", "/var/tmp/big.tar", "big")
+			}
+			run("save", endpoint, nil, nil, "save", "-o", "/var/tmp/image", "big")
+			w.dockerAt(h, dockerSocket, "", "rmi", "big") // or load has nothing to do
+			run("load", endpoint, nil, nil, "load", "-i", "/var/tmp/image")
 		}
 	}
-	_, err = h.Out(w.ctx, "rm", "/var/tmp/big")
+	w.dockerAt(h, dockerSocket, "", "rmi", "big")
+	_, err = h.Out(w.ctx, "rm", "/var/tmp/big", "/var/tmp/big.tar", "/var/tmp/image")
 	w.try(err)
 	if !bytes.Equal(sums[0].Sum(nil), sums[1].Sum(nil)) {
 		w.t.Error("what came out by the proxy is something else")
@@ -333,9 +343,9 @@ func testProxyCopy(w *world, h *lab.Host) {
 	}
 	w.dockerAt(h, dockerSocket, "", "exec", "box", "rm", "/big", "/big2")
 	grown := w.meshdMemory(h) - before
-	for _, what := range []string{"out", "in"} {
+	for _, what := range []string{"out", "in", "save", "load"} {
 		direct, proxied := slices.Min(took[what+" directly"]), slices.Min(took[what+" by the proxy"])
-		w.t.Logf("docker cp of %d MiB %s: %v directly, %v by the proxy: %.2f of the throughput", size, what, direct, proxied, float64(direct)/float64(proxied))
+		w.t.Logf("%d MiB, %s: %v directly, %v by the proxy: %.2f of the throughput", size, what, direct, proxied, float64(direct)/float64(proxied))
 	}
 	w.t.Logf("meshd grew by %d kB", grown>>10)
 	if grown > 32<<20 {
