@@ -102,7 +102,7 @@ func run(args []string, env environment, stdout, stderr io.Writer) int {
 	// one of the runtime's processors in hand. Were none left beside, the runtime would take theirs away every
 	// 20 µs, and each frame had to wait for two more thread switches until it got one again.
 	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + tapQueues() + 2)
-	askForShortSlices()
+	askScheduler()
 	if err := runUntilSignal(cfg, env, log); err != nil {
 		log.Error("stopped", "err", err)
 		return exitFailed
