@@ -24,9 +24,17 @@ const (
 	keyMet     = "met"         // JSON array of addresses with port
 )
 
+// ownState is what these values need of the store.
+type ownState interface {
+	Get(bucket, key string) ([]byte, error)
+	Put(bucket string, kv map[string][]byte) error
+}
+
+var _ ownState = (*store.Store)(nil)
+
 // identity loads the peer's key, or makes it at the first start. A key that is there but unreadable is an
 // error: a new one would make this a stranger to its own addresses.
-func identity(s *store.Store) (tunnel.Identity, error) {
+func identity(s ownState) (tunnel.Identity, error) {
 	raw, err := s.Get(bucketSelf, keyPrivate)
 	if err != nil {
 		return tunnel.Identity{}, fmt.Errorf("load the peer's key: %w", err)
@@ -65,7 +73,7 @@ func newRunID() mesh.RunID {
 	return mesh.RunID(binary.BigEndian.Uint64(b[:]))
 }
 
-func loadTargets(s *store.Store) ([]string, error) {
+func loadTargets(s ownState) ([]string, error) {
 	raw, err := s.Get(bucketSelf, keyTargets)
 	if err != nil || raw == nil {
 		return nil, err
@@ -77,7 +85,7 @@ func loadTargets(s *store.Store) ([]string, error) {
 	return targets, nil
 }
 
-func saveTargets(s *store.Store, targets []string) error {
+func saveTargets(s ownState, targets []string) error {
 	raw, err := json.Marshal(targets)
 	if err != nil {
 		return err
@@ -86,7 +94,7 @@ func saveTargets(s *store.Store, targets []string) error {
 }
 
 // loadMet returns where an earlier run met peers.
-func loadMet(s *store.Store) ([]netip.AddrPort, error) {
+func loadMet(s ownState) ([]netip.AddrPort, error) {
 	raw, err := s.Get(bucketSelf, keyMet)
 	if err != nil || raw == nil {
 		return nil, err
@@ -98,7 +106,7 @@ func loadMet(s *store.Store) ([]netip.AddrPort, error) {
 	return met, nil
 }
 
-func saveMet(s *store.Store, met []netip.AddrPort) error {
+func saveMet(s ownState, met []netip.AddrPort) error {
 	raw, err := json.Marshal(met)
 	if err != nil {
 		return err
@@ -107,7 +115,7 @@ func saveMet(s *store.Store, met []netip.AddrPort) error {
 }
 
 // loadShortID returns the short id of the last run, so that the kernel path's state fits it; zero if none.
-func loadShortID(s *store.Store) (mesh.ShortID, error) {
+func loadShortID(s ownState) (mesh.ShortID, error) {
 	raw, err := s.Get(bucketSelf, keyShortID)
 	if err != nil || len(raw) != 2 {
 		return 0, err
@@ -115,7 +123,7 @@ func loadShortID(s *store.Store) (mesh.ShortID, error) {
 	return mesh.ShortID(binary.BigEndian.Uint16(raw)) & mesh.MaxShortID, nil
 }
 
-func saveShortID(s *store.Store, id mesh.ShortID) error {
+func saveShortID(s ownState, id mesh.ShortID) error {
 	return s.Put(bucketSelf, map[string][]byte{keyShortID: binary.BigEndian.AppendUint16(nil, uint16(id))})
 }
 

@@ -52,3 +52,23 @@ func TestWireName(t *testing.T) {
 		t.Errorf("got %q, want %q", got, want)
 	}
 }
+
+// Both judges of a name agree, and what one returns is a fixed point and fits into a message.
+func FuzzParseName(f *testing.F) {
+	for _, s := range []string{"web.mesh.internal", "A_b-1.", ".", "a..b", "é", string(make([]byte, 300))} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		name, err := ParseName(s)
+		if err != nil {
+			if validName(s) {
+				t.Errorf("%q is valid and cannot be parsed: %v", s, err)
+			}
+			return
+		}
+		again, err := ParseName(name)
+		if err != nil || again != name || !validName(name) || len(WireName(name)) > maxName {
+			t.Errorf("%q gives %q, that gives %q, %v", s, name, again, err)
+		}
+	})
+}
