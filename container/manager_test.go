@@ -514,6 +514,25 @@ func TestWanted(t *testing.T) {
 		time.Sleep(lastRetry)
 		synctest.Wait()
 		w.wantPort(poor, "10.2.1.5/24")
+		// Docker tells of starts and then has no answer for a while, with the stream of events as it was.
+		w.die(late)
+		synctest.Wait()
+		w.mu.Lock()
+		w.away = true
+		w.mu.Unlock()
+		slow := label(6, 600, "slow", "10.2.1.6/24")
+		label(4, 401, "late", "")
+		w.events <- docker.Event{Kind: docker.Started, ID: slow}
+		w.events <- docker.Event{Kind: docker.Started, ID: late}
+		synctest.Wait()
+		w.wantNothing(slow, false)
+		w.mu.Lock()
+		w.away = false
+		w.mu.Unlock()
+		time.Sleep(lookAgain)
+		synctest.Wait()
+		w.wantPort(slow, "10.2.1.6/24")
+		w.wantPort(late, "10.32.0.1/28")
 	})
 }
 

@@ -16,7 +16,7 @@ import (
 )
 
 const (
-	lookAgain  = 10 * time.Second // how often the ports in the kernel are compared with the records
+	lookAgain  = 10 * time.Second // how often the ports in the kernel are compared with the records, and Docker is asked that did not answer
 	firstRetry = 2 * time.Second  // after a failure to attach again, doubled each time
 	lastRetry  = time.Minute
 	regainTime = 20 * time.Second // for getting the addresses of one container back; then others may work on it
@@ -128,48 +128,51 @@ func (m *Manager) hear(e docker.Event) {
 const wantedOwner = "wanted"
 
 // lookForWanted tends the running containers that may be wanted.
-func (m *Manager) lookForWanted(ctx context.Context) error {
+func (m *Manager) lookForWanted(ctx context.Context) (next time.Duration, err error) {
 	ids, err := m.cfg.Docker.Running(ctx, m.cfg.WantedLabel)
 	if errors.Is(err, docker.ErrUnavailable) {
-		return nil // it will be heard of
+		return lookAgain, nil
 	}
 	for _, id := range ids {
 		m.tend(id)
 	}
-	return err
+	return 0, err
 }
 
 // lookUnknown attaches a container that nobody asked to attach, if it is wanted.
-func (m *Manager) lookUnknown(ctx context.Context, id string) error {
+func (m *Manager) lookUnknown(ctx context.Context, id string) (next time.Duration, err error) {
 	if m.cfg.Docker == nil || m.cfg.Wanted == nil || isNamespaceOwner(id) || id == mesh.OwnerExpose {
-		return nil
+		return 0, nil
 	}
 	c, err := m.cfg.Docker.Container(ctx, id)
-	if errors.Is(err, docker.ErrUnavailable) || errors.Is(err, docker.ErrNotFound) {
-		return nil
+	if errors.Is(err, docker.ErrUnavailable) {
+		return lookAgain, nil
+	}
+	if errors.Is(err, docker.ErrNotFound) {
+		return 0, nil
 	}
 	if err != nil {
-		return err
+		return 0, err
 	}
 	req, ok := m.cfg.Wanted(c)
 	if !ok || !c.State.Running {
-		return nil
+		return 0, nil
 	}
 	specs, err := wanted(req.Addrs)
 	if err != nil {
-		return nil // it says itself that it stays off
+		return 0, nil // it says itself that it stays off
 	}
 	t, err := m.runningTarget(c)
 	if err != nil {
-		return nil
+		return 0, nil
 	}
 	short, cancel := context.WithTimeout(ctx, regainTime)
 	defer cancel()
 	_, err = m.attachLocked(short, t, specs, req)
 	if errors.Is(err, ErrNotRunning) {
-		return nil
+		return 0, nil
 	}
-	return err
+	return 0, err
 }
 
 // Recheck compares the records with the ports in the kernel and sees to those that differ. The watcher
@@ -258,7 +261,7 @@ func (m *Manager) tendLoop(ctx context.Context, owner string, again chan struct{
 // look brings one owner to where it should be, and says when to look again; zero means when something happens.
 func (m *Manager) look(ctx context.Context, owner string) (next time.Duration, err error) {
 	if owner == wantedOwner {
-		return 0, m.lookForWanted(ctx)
+		return m.lookForWanted(ctx)
 	}
 	unlock, err := m.lock(ctx, owner)
 	if err != nil {
@@ -267,7 +270,7 @@ func (m *Manager) look(ctx context.Context, owner string) (next time.Duration, e
 	defer unlock()
 	r, ok := m.record(owner)
 	if !ok {
-		return 0, m.lookUnknown(ctx, owner)
+		return m.lookUnknown(ctx, owner)
 	}
 	if owner == mesh.OwnerExpose {
 		return 0, m.exposeAgain(ctx, r)
@@ -291,7 +294,7 @@ func (m *Manager) lookContainer(ctx context.Context, r record) (next time.Durati
 	c, err := m.cfg.Docker.Container(ctx, r.Owner)
 	switch {
 	case errors.Is(err, docker.ErrUnavailable):
-		return 0, nil // it will be heard of
+		return lookAgain, nil
 	case errors.Is(err, docker.ErrNotFound):
 		return 0, m.bury(ctx, r)
 	case err != nil:
