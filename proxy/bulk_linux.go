@@ -38,6 +38,7 @@ func (b *backend) bulk(w http.ResponseWriter, r *http.Request) {
 		b.unreachable(w, r, err)
 		return
 	}
+	defer b.conns.hijacked()
 	defer down.Close()
 	if err := writeRequestHead(up, r); err != nil {
 		return

@@ -39,6 +39,8 @@ type Config struct {
 	DNS       func() netip.AddrPort
 	DNSDomain string
 
+	maxConns int64 // connections of clients; zero: a quarter of what the process may open
+
 	HostnameFromLabel   string         // take the host name from this label where a container has it
 	HostnameMatch       *regexp.Regexp // nil: everything
 	HostnameReplacement string         // "$1" style; "" with a nil match: the name itself
@@ -54,14 +56,17 @@ type Request struct {
 	NoMulticastRoute bool
 }
 
-// ErrEnded says that a container has ended before it was attached.
-var ErrEnded = errors.New("the container has ended")
+// Errors of Attach that the proxy tells apart.
+var (
+	ErrEnded = errors.New("the container has ended")        // before it was attached
+	ErrAway  = errors.New("the Docker daemon is not there") // or does not answer in time
+)
 
 // Containers is what the proxy needs of the room that attaches. Both may wait, for Docker or for an
 // address, and end with ctx.
 type Containers interface {
 	// Attach gives a container its interface and addresses; a repetition changes nothing. ErrEnded means that
-	// the container does not run any more.
+	// the container does not run any more, ErrAway that a later attempt may do.
 	Attach(ctx context.Context, req Request) error
 	// Interface is the attached interface of a container; ok is false when it has none.
 	Interface(container string) (mac mesh.MAC, addrs []netip.Prefix, ok bool)

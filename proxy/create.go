@@ -25,16 +25,12 @@ const maxHostname = 64
 // create gives a container that belongs on the mesh what it needs to start there.
 func (p *Proxy) create(w http.ResponseWriter, r *http.Request, version string) {
 	body, err := readBody(w, r)
-	if err != nil {
-		refuse(w, http.StatusRequestEntityTooLarge, "%v", err)
-		return
-	}
-	if len(bytes.TrimSpace(body)) > 0 { // without one the daemon has its own words for it
+	if err == nil && len(bytes.TrimSpace(body)) > 0 { // without one the daemon has its own words for it
 		body, err = p.rewriteCreate(r.Context(), body, version, r.URL.Query().Get("name"))
-		if err != nil {
-			refuse(w, http.StatusBadRequest, "meshd: %v", err)
-			return
-		}
+	}
+	if err != nil {
+		p.refuseFor(w, r, err)
+		return
 	}
 	replaceBody(r, body)
 	p.backend.forward(w, r)
@@ -169,7 +165,7 @@ func (p *Proxy) wanted(env []string, host *object) (addrs string, ok bool, err e
 	}
 	specs, err := mesh.ParseAddrSpecs(value)
 	if err != nil {
-		return "", false, fmt.Errorf("%s=%q: %w", variable, value, err)
+		return "", false, fmt.Errorf("%s=%q: %w", variable, shown(value), err)
 	}
 	switch {
 	case len(specs) == 1 && specs[0].Kind == mesh.AddrNone:
@@ -180,6 +176,15 @@ func (p *Proxy) wanted(env []string, host *object) (addrs string, ok bool, err e
 		return value, asked, nil // only on demand
 	}
 	return value, asked || !p.cfg.NoDefaultIPAlloc, nil
+}
+
+// shown is what an error quotes of a value.
+func shown(value string) string {
+	const most = 200 // bytes
+	if len(value) <= most {
+		return value
+	}
+	return value[:most] + "..."
 }
 
 // image is what a container inherits.

@@ -3,6 +3,7 @@ package proxy
 import (
 	"bufio"
 	"context"
+	"crypto/rand"
 	"crypto/tls"
 	"encoding/json"
 	"errors"
@@ -24,8 +25,13 @@ type backend struct {
 	network, addr string
 	transport     *http.Transport
 	proxy         *httputil.ReverseProxy
+	conns         *bound          // of clients
+	via           string          // is added to each request, so that one of our own is known again
 	run           context.Context // of Proxy.Run, which sets it before it serves
 }
+
+// errAway says that the daemon gave no answer.
+var errAway = errors.New("no answer from the Docker daemon")
 
 const (
 	dialTimeout = 10 * time.Second
@@ -37,7 +43,7 @@ func newBackend(cfg Config, log *slog.Logger) (*backend, error) {
 	if err != nil {
 		return nil, fmt.Errorf("docker at %q: %w", cfg.Docker, err)
 	}
-	b := &backend{network: network, addr: addr}
+	b := &backend{network: network, addr: addr, conns: newBound(cfg.maxConns), via: "1.1 meshd-" + rand.Text()}
 	b.transport = &http.Transport{
 		DialContext:        func(ctx context.Context, _, _ string) (net.Conn, error) { return b.dialPlain(ctx) },
 		TLSClientConfig:    cfg.ClientTLS,
@@ -185,6 +191,7 @@ func (b *backend) hijack(w http.ResponseWriter, r *http.Request) {
 		b.unreachable(w, r, err)
 		return
 	}
+	defer b.conns.hijacked()
 	defer down.Close()
 	defer context.AfterFunc(b.run, func() { down.Close() })()
 	head := *resp
@@ -267,16 +274,20 @@ func (b *backend) call(ctx context.Context, method, path string) (*reply, error)
 	if err != nil {
 		return nil, err
 	}
+	req.Header.Set("Via", b.via)
 	if b.transport.TLSClientConfig != nil {
 		req.URL.Scheme, req.URL.Host = "https", b.addr
 	}
 	resp, err := b.transport.RoundTrip(req)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: %w", errAway, err)
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxBody+1))
-	if err == nil && len(body) > maxBody {
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errAway, err)
+	}
+	if len(body) > maxBody {
 		err = fmt.Errorf("the daemon's answer to %s %s has more than %d bytes", method, path, maxBody)
 	}
 	return &reply{resp.StatusCode, resp.Header, body}, err

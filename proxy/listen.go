@@ -76,9 +76,12 @@ func listenUnix(path, like string) (net.Listener, error) {
 	case st.Mode()&fs.ModeSocket == 0:
 		return nil, fmt.Errorf("%s exists and is no socket: remove it or choose another path with -H", path)
 	default:
+		// Only this refusal says that nobody is there: who is too busy to accept, or speaks datagrams, has others.
 		conn, err := net.Dial("unix", path)
 		if err == nil {
 			conn.Close()
+		}
+		if !errors.Is(err, syscall.ECONNREFUSED) {
 			return nil, fmt.Errorf("another process listens there: %w", syscall.EADDRINUSE)
 		}
 		if err := os.Remove(path); err != nil {

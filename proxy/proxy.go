@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"regexp"
+	"slices"
 	"sync"
 	"time"
 
@@ -20,7 +21,9 @@ const (
 	maxBody = 16 << 20
 	// attachTimeout bounds how long start waits for an address and an interface.
 	attachTimeout = 2 * time.Minute
+	attachAgain   = time.Second
 	headerTimeout = 10 * time.Second
+	idleTimeout   = 5 * time.Minute // between two requests of a connection
 )
 
 // Proxy serves Docker's API.
@@ -79,6 +82,8 @@ func (p *Proxy) Run(ctx context.Context) error {
 	server := &http.Server{
 		Handler:           p,
 		ReadHeaderTimeout: headerTimeout,
+		IdleTimeout:       idleTimeout,
+		ConnState:         p.backend.conns.connState,
 		ErrorLog:          slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
 		BaseContext:       func(net.Listener) context.Context { return ctx },
 	}
@@ -131,6 +136,16 @@ var (
 )
 
 func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	switch {
+	case slices.Contains(r.Header.Values("Via"), p.backend.via): // it would go round until nothing is left to open
+		refuse(w, http.StatusLoopDetected, "meshd: what it has for the Docker daemon, %s://%s, is its own proxy: see --docker-api", p.backend.network, p.backend.addr)
+		return
+	case p.backend.conns.full():
+		w.Header().Set("Connection", "close")
+		refuse(w, http.StatusServiceUnavailable, "meshd: more than %d connections are open to its Docker API", p.backend.conns.max)
+		return
+	}
+	r.Header.Add("Via", p.backend.via)
 	path := r.URL.Path
 	switch {
 	case r.Method == http.MethodPost && createPath.MatchString(path):
@@ -152,4 +167,15 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 		return nil, fmt.Errorf("read the request body: %w", err)
 	}
 	return body, nil
+}
+
+// refuseFor answers a request that is not passed on because of err.
+func (p *Proxy) refuseFor(w http.ResponseWriter, r *http.Request, err error) {
+	var tooLarge *http.MaxBytesError
+	switch {
+	case errors.Is(err, errAway) || errors.As(err, &tooLarge):
+		p.backend.unreachable(w, r, err)
+	default:
+		refuse(w, http.StatusBadRequest, "meshd: %v", err)
+	}
 }

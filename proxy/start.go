@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"time"
 
 	"meshd/mesh"
 )
@@ -18,7 +19,7 @@ import (
 func (p *Proxy) start(w http.ResponseWriter, r *http.Request, version, name string) {
 	c, err := p.container(r.Context(), version, name)
 	if err != nil {
-		refuse(w, http.StatusBadGateway, "meshd: %v", err)
+		p.refuseFor(w, r, err)
 		return
 	}
 	value, ours := c.Config.Labels[LabelAddrs]
@@ -37,7 +38,7 @@ func (p *Proxy) start(w http.ResponseWriter, r *http.Request, version, name stri
 			body, err = p.rewriteStart(body, &c)
 		}
 		if err != nil {
-			refuse(w, http.StatusBadRequest, "meshd: settings at start: %v", err)
+			p.refuseFor(w, r, fmt.Errorf("settings at start: %w", err))
 			return
 		}
 		replaceBody(r, body)
@@ -52,7 +53,7 @@ func (p *Proxy) start(w http.ResponseWriter, r *http.Request, version, name stri
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), attachTimeout)
 	defer cancel()
 	defer context.AfterFunc(p.backend.run, cancel)()
-	err = p.containers.Attach(ctx, Request{
+	err = p.attach(ctx, Request{
 		Container:        c.ID,
 		Addrs:            specs,
 		RewriteHosts:     !p.cfg.NoRewriteHosts && !c.HostConfig.NetworkMode.isUsers(),
@@ -65,14 +66,14 @@ func (p *Proxy) start(w http.ResponseWriter, r *http.Request, version, name stri
 		return
 	}
 	if p.backend.run.Err() != nil {
-		return // whoever runs next attaches it
+		panic(http.ErrAbortHandler) // whoever runs next attaches it; the client must not read an empty 200
 	}
 	if errors.Is(err, ErrEnded) {
 		answer.release() // it did start
 		return
 	}
 	p.log.Warn("a container cannot be attached and is stopped", "container", c.ID, "err", err)
-	stop, cancelStop := context.WithTimeout(p.backend.run, dialTimeout)
+	stop, cancelStop := context.WithTimeout(p.backend.run, attachTimeout)
 	defer cancelStop()
 	killed, kerr := p.backend.call(stop, http.MethodPost, version+"/containers/"+url.PathEscape(c.ID)+"/kill")
 	if kerr == nil && killed.code >= 400 && killed.code != http.StatusConflict && killed.code != http.StatusNotFound {
@@ -82,6 +83,23 @@ func (p *Proxy) start(w http.ResponseWriter, r *http.Request, version, name stri
 		p.log.Warn("cannot stop the container", "container", c.ID, "err", kerr)
 	}
 	refuse(w, http.StatusInternalServerError, "meshd: container %s: %v", name, err)
+}
+
+// attach asks again while the daemon does not answer: it has just started the container, so it is busy or comes back.
+func (p *Proxy) attach(ctx context.Context, req Request) error {
+	again := time.NewTicker(attachAgain)
+	defer again.Stop()
+	for {
+		err := p.containers.Attach(ctx, req)
+		if !errors.Is(err, ErrAway) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-again.C:
+		}
+	}
 }
 
 // bodyOfOldClients reports whether the request brings a HostConfig, as API versions before 1.24 allow. The

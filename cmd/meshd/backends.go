@@ -78,6 +78,8 @@ func (c containers) Attach(ctx context.Context, r proxy.Request) error {
 	})
 	if errors.Is(err, container.ErrNotRunning) || errors.Is(err, docker.ErrNotFound) {
 		err = fmt.Errorf("%w: %w", proxy.ErrEnded, err)
+	} else if errors.Is(err, docker.ErrUnavailable) {
+		err = fmt.Errorf("%w: %w", proxy.ErrAway, err)
 	}
 	return err
 }
