@@ -63,6 +63,7 @@ type core struct {
 	voter              *election.Voter
 	attemptAt          time.Duration
 	quorum             int
+	filling            int              // calls that wait for gaps in the ring to be filled
 	acked              map[ring.ID]bool // whose addresses are frozen: we told a colleague what we know
 	losses             map[ring.ID]*loss
 	strays             map[ring.ID]int   // for how many looks one who left has owned something
@@ -97,6 +98,7 @@ type peer struct {
 	heard    bool
 	voter    bool
 	claiming bool
+	fills    bool   // has said so since we began to
 	free     uint64 // as it last said
 	knowFree bool
 }
@@ -392,6 +394,7 @@ func (c *core) peerState(name mesh.PeerName, s PeerState, t time.Time) {
 	if s != Alive {
 		delete(c.answered, name)
 		c.dropAsks(name)
+		p.fills = false
 	}
 	if s == Gone {
 		delete(c.strangers, name)
@@ -560,6 +563,9 @@ func (c *core) settleFailed(err error) {
 
 // reply answers a call once the disk has what it rests on.
 func (c *core) reply(call *call, res result) {
+	if call.gaps {
+		c.filling--
+	}
 	c.out = append(c.out, effect{call: call, res: res})
 }
 
@@ -570,6 +576,9 @@ func (c *core) send(to mesh.PeerName, m *message) {
 	}
 	if len(c.holds.contest) > 0 {
 		m.flags |= flagClaiming
+	}
+	if c.filling > 0 {
+		m.flags |= flagFills
 	}
 	c.out = append(c.out, effect{to: to, msg: m.append(nil)})
 }
@@ -628,6 +637,7 @@ func (c *core) message(from mesh.PeerName, b []byte, t time.Time) {
 	}
 	p := c.peer(from)
 	p.heard, p.life, p.voter, p.claiming = true, m.life, m.flags&flagVoter != 0, m.flags&flagClaiming != 0
+	p.fills = p.fills || m.flags&flagFills != 0 // messages overtake each other
 	if m.kind == kindNotice {
 		c.heedNotice(m)
 		return

@@ -142,9 +142,13 @@ func (c *core) attach() {
 		return
 	}
 	c.comparedAt = c.now
+	ids := []ring.ID{c.me}
+	if c.filling > 0 {
+		ids = append(ids, ring.ID{})
+	}
 	for _, name := range c.alivePeers() {
 		if !c.answered[name] {
-			c.send(name, c.compare([]ring.ID{c.me}, 0))
+			c.send(name, c.compare(ids, 0))
 		}
 	}
 }
@@ -257,7 +261,7 @@ func (c *core) answerCompare(from mesh.PeerName, m *message) {
 	reply.members = c.ring.MembersDigest()
 	c.send(from, reply)
 	for i, it := range reply.items {
-		if it.digest != m.items[i].digest {
+		if it.digest != m.items[i].digest && !it.id.IsZero() { // who fills gaps comes by comparing tables
 			c.sendFacts(from, ring.Delta{Cluster: c.ring.Cluster(), Range: c.cfg.Range, Segments: c.ring.Owned(it.id)}, flagReply)
 		}
 	}
@@ -284,18 +288,20 @@ func (c *core) noteCompared(from mesh.PeerName, m *message) {
 		c.sendFacts(from, c.delta(c.ring.Members()...), 0)
 	}
 	sender := ring.ID{Peer: from, Life: m.life}
+	mine, gaps := false, c.filling == 0
 	for _, it := range m.items {
 		same := it.digest == c.ring.Digest(it.id)
-		if !same {
+		mine, gaps = mine || it.id == c.me && same, gaps || it.id.IsZero() && same
+		if !same && !it.id.IsZero() {
 			c.sendFacts(from, ring.Delta{Cluster: c.ring.Cluster(), Range: c.cfg.Range, Segments: c.ring.Owned(it.id)}, flagReply)
-		}
-		if it.id == c.me && same && sameMembers {
-			c.answered[from] = true
 		}
 		if l := c.losses[it.id]; l != nil {
 			l.answers[sender] = answer{it.digest, m.members}
 			c.answersNew = true
 		}
+	}
+	if mine && gaps && sameMembers {
+		c.answered[from] = true
 	}
 	c.noteHeir(sender)
 }

@@ -61,6 +61,7 @@ const (
 	flagReply    // facts: tell me what you know better
 	flagExact    // request: just this one address, which a container has or shall have
 	flagDemand   // request: a container is waiting
+	flagFills    // the sender is about to take what nobody owns
 )
 
 // reason of a refusal.

@@ -28,6 +28,9 @@ var mutations = []struct {
 	{"space is granted before it is on disk", "core.go", "if c.write != nil {\n\t\tc.setMeta(metaWrite, c.write.delta.Append(nil))\n\t} else", "if false {\n\t} else", ""},
 	{"the network's own address is handed out", "calls.go", "return lo + 1, hi", "return lo, hi", ""},
 	{"counting again drops what the list lacks", "calls.go", " && !c.liveKnown {", " {", ""},
+	{"a new life serves though members in reach have not recorded it", "members.go", "case missing > 0 || c", "case missing > 1000 || c", "TestServesWhenRecorded"},
+	{"all who are told to repair take the gaps", "repair.go", "c.peers[name].fills && ", "false && ", "TestRepairOnTwoAtOnce"},
+	{"whoever answers need not see the same gaps", "members.go", "mine, gaps := false, c.filling == 0\n", "mine, gaps := false, true\n", "TestRepairUnheard"},
 	{"an old state file is not compared first", "members.go", "case missing > 0 || c.ring.Unowned() > 0:\n\t\treturn\n\tcase c.founded ||", "case true ||", "TestRestoredBackup"},
 }
 

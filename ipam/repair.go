@@ -22,7 +22,9 @@ import (
 // The other thing to repair is a ring with gaps: ranges whose owners nobody left has ever heard of, because
 // all who had lost their state files, and the one that remained had been told a part of the ring only. Nobody
 // hands out addresses then, for the owners may just be away. That they are not is for people to say: the peer
-// that is told to repair takes the gaps.
+// that is told to repair takes the gaps. Of several that are told so, the first does, and no two: see fillGaps.
+// The limit: they see each other. Who fills gaps while another who fills them is out of reach has the same addresses,
+// until they meet.
 
 // startRepair joins this cluster with another one in sight.
 func (c *core) startRepair(call *call) (goOn bool) {
@@ -34,6 +36,11 @@ func (c *core) startRepair(call *call) (goOn bool) {
 		}
 		if c.ring.Unowned() > 0 {
 			call.gaps = true
+			c.filling++
+			clear(c.answered)
+			for _, p := range c.peers {
+				p.fills = false
+			}
 			return true
 		}
 		if bad := c.collisions(); len(bad) > 0 {
@@ -90,12 +97,21 @@ func (c *core) tryRepair(call *call) bool {
 	return true
 }
 
-// fillGaps takes what nobody owns, once all peers in reach have had the time to say who does.
+// fillGaps takes what nobody owns, once all peers in reach have had the time to say who does, and have answered, after
+// the call began, that they see the same members and the same gaps. That keeps two from doing it. Whoever is
+// answered by the other has told it before that it fills, and what it is answered says whether the other one does too:
+// then the first of the two goes on alone. And when the other one has finished already, its gaps are not the same.
 func (c *core) fillGaps(call *call) {
 	c.becomeMember()
 	call.why = "waiting for whoever knows more of the ring"
 	for _, id := range c.activeMembers() {
 		if id.Peer != c.cfg.Name && c.alive(id.Peer) && !c.answered[id.Peer] {
+			return
+		}
+	}
+	for _, name := range c.alivePeers() {
+		if c.peers[name].fills && name.Compare(c.cfg.Name) < 0 {
+			call.why = fmt.Sprintf("peer %s is taking them", name)
 			return
 		}
 	}

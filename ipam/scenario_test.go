@@ -407,6 +407,139 @@ func TestGaps(t *testing.T) {
 	w.must(t)
 }
 
+// gaps is a world of n nodes that know a part of the ring only: each what it owns itself, eight addresses of 64.
+func gaps(t *testing.T, seed int64, n int) *world {
+	w := newWorld(seed, func(string, ...any) {})
+	w.rangep = netip.MustParsePrefix("10.32.0.0/26")
+	gone := ring.ID{Peer: mesh.PeerName{9}, Life: 9}
+	part := ring.Delta{Cluster: 5, Range: w.rangep, Members: []ring.Member{{ID: gone, Flags: ring.Joined | ring.Left}}}
+	for i := range n {
+		n := w.addNode(Init{Mode: Observer})
+		part.Segments = []ring.Segment{{Start: uint64(8 + 8*i), End: uint64(16 + 8*i), Owner: n.core.me, Epoch: 1, Count: 2, By: gone}}
+		if _, err := n.table.Merge(gone.Peer, part.Append(nil)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.clusters[5] = true
+	return w
+}
+
+// TestRepairOnTwoAtOnce: two peers that are told to fill the same gaps at about the same time do not both take
+// them, and each gets addresses.
+func TestRepairOnTwoAtOnce(t *testing.T) {
+	for seed := range int64(200) {
+		w := gaps(t, seed, 3) // the third one only looks on
+		w.loss = float64(seed%5) * 0.12
+		var done []error
+		for i, n := range w.nodes[:2] {
+			n.launch(&call{op: opRepair, answer: func(r result) { done = append(done, r.err) }}, time.Minute)
+			for j := range 5 {
+				w.allocate(n, fmt.Sprintf("c%d.%d", i, j), w.rangep)
+			}
+			w.run(time.Duration(w.rng.IntN(8000)) * time.Millisecond * time.Duration(w.rng.IntN(2)))
+		}
+		w.run(30 * time.Second)
+		// The second one may come when nothing is left to do.
+		if w.err == nil && (len(done) != 2 || done[0] != nil || done[1] != nil && !errors.Is(done[1], ErrNoCluster)) {
+			t.Errorf("seed %d: repairs: %v", seed, done)
+		}
+		for _, n := range w.nodes {
+			if got := n.core.ring.Conflicts(); len(got) > 0 || len(n.core.collisions()) > 0 {
+				t.Errorf("seed %d: %s has conflicts %v, collisions %v", seed, n, got, n.core.collisions())
+			}
+		}
+		w.finish()
+		if w.err != nil {
+			t.Fatalf("seed %d: %v", seed, w.err)
+		}
+	}
+}
+
+// TestRepairUnheard: a peer that is told to fill gaps which another one has filled, without having heard of it, finds
+// that out by asking.
+func TestRepairUnheard(t *testing.T) {
+	w := gaps(t, 1, 2)
+	w.muted = func(_, _ *node, table bool) bool { return table }
+	for i, n := range w.nodes {
+		var got *result
+		n.launch(&call{op: opRepair, answer: func(r result) { got = &r }}, 10*time.Second)
+		w.run(15 * time.Second)
+		if got == nil || (got.err == nil) != (i == 0) {
+			t.Errorf("repair on %s: %+v", n, got)
+		}
+	}
+	w.muted = nil
+	w.run(10 * time.Second)
+	for _, n := range w.nodes {
+		if _, err := w.get(n, "c-"+n.String(), w.rangep, 20*time.Second); err != nil {
+			t.Errorf("%s: %v", n, err)
+		}
+		if got := n.core.ring.Conflicts(); len(got) > 0 {
+			t.Errorf("%s: both have filled the gaps: %v", n, got)
+		}
+	}
+	w.must(t)
+}
+
+// TestServesWhenRecorded: a new peer gets no space before all members in reach have recorded that it exists. Else
+// those of them who remain could take over what it was given, never having heard of it.
+func TestServesWhenRecorded(t *testing.T) {
+	w := cluster(t, 1, 2, "10.32.0.0/24")
+	w.trace = func(string, ...any) {}
+	a, b := w.nodes[0], w.nodes[1]
+	for i := range 4 {
+		if _, err := w.get(w.nodes[i%2], fmt.Sprint("old", i), w.rangep, time.Minute); err != nil {
+			t.Fatal(err)
+		}
+	}
+	fresh := w.addNode(Init{Mode: Observer})
+	w.muted = func(from, to *node, _ bool) bool { return from == fresh || to == fresh }
+	for fresh.state[a] != Alive || fresh.state[b] != Alive {
+		w.run(simTick)
+	}
+	// Now a and the new one hear each other; b is alive, but what goes to it is lost.
+	w.muted = func(from, to *node, _ bool) bool { return from == b || to == b }
+	var got *result
+	fresh.launch(&call{op: opAllocate, owner: "new", addr: w.rangep, answer: func(r result) {
+		if got = &r; r.err == nil {
+			w.acknowledged(fresh, "new", r.prefix, w.rangep)
+		}
+	}}, 20*time.Second)
+	for range 50 {
+		if w.run(simTick); fresh.core.answered[a.name] || fresh.core.serving {
+			break
+		}
+	}
+	w.run(10 * time.Second)
+	if !fresh.core.answered[a.name] || fresh.core.answered[b.name] {
+		t.Errorf("the new peer was answered by %v, want %s alone", fresh.core.answered, a)
+	}
+	if fresh.core.serving || got != nil {
+		t.Errorf("the new peer serves (%v), though %s does not know it: %+v", fresh.core.serving, b, got)
+	}
+	// Who knows the new one is lost, and b takes its addresses, with those that the new one was given.
+	a.kill()
+	fresh.group, w.muted = 1, nil
+	w.run(30 * time.Second)
+	if _, err := w.removePeer(b, a, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 250 {
+		w.allocate(b, fmt.Sprint("more", i), w.rangep)
+	}
+	w.must(t)
+	for id, ct := range b.conts {
+		if strings.HasPrefix(id, "more") && ct.addr.Addr().As4()[3]%2 == 0 {
+			w.free(b, ct)
+		}
+	}
+	w.heal()
+	if _, err := w.get(fresh, "new", w.rangep, time.Minute); err != nil {
+		t.Errorf("once all know it: %v", err)
+	}
+	w.must(t)
+}
+
 // TestReclaimAgain: what is given out meanwhile is no mistake of a list that lacks it.
 func TestReclaimAgain(t *testing.T) {
 	w := cluster(t, 1, 1, "10.32.0.0/24")

@@ -46,6 +46,7 @@ type world struct {
 	rangep  netip.Prefix
 	subnets []netip.Prefix
 	loss    float64
+	muted   func(from, to *node, table bool) bool // what is lost though the two pass for alive: messages, or the table; or nil
 	reclaim time.Duration
 
 	removed map[ring.ID]bool      // lives that the operator has named
@@ -282,6 +283,9 @@ func (n *node) perform(e effect) {
 }
 
 func (w *world) post(p packet) {
+	if w.muted != nil && w.muted(w.by[p.from], p.to, p.table) {
+		return
+	}
 	for copies := 1; copies > 0; copies-- {
 		if w.rng.Float64() < w.loss {
 			continue
@@ -407,7 +411,7 @@ func (w *world) membership(n *node) {
 // sync compares tables with a random peer, as the gossip room does.
 func (w *world) sync(n *node) {
 	o := w.nodes[w.rng.IntN(len(w.nodes))]
-	if o == n || !w.reachable(n, o) {
+	if o == n || !w.reachable(n, o) || w.muted != nil && w.muted(n, o, true) {
 		return
 	}
 	for range 2 {
