@@ -128,11 +128,15 @@ func TestDockerRun(t *testing.T) {
 	})
 	t.Run("BadCIDRRefusedAtCreate", func(t *testing.T) {
 		w := w.in(t)
-		for _, bad := range []string{"10.2.1", "net:", "10.2.1.0/24", "10.2.1.255/24", "nonsense", "10.2.1.1/24 x"} {
-			r, err := w.viaProxy(h1, "create", "--name", "bad", "-e", "MESH_CIDR="+bad, lab.Image, "true")
+		for bad, why := range map[string]string{
+			"10.2.1": "length of the subnet is missing", "net:": "length of the subnet is missing", "nonsense": "length of the subnet is missing",
+			"10.2.1.0/24": "network address", "10.2.1.255/24": "broadcast address", "10.2.1.1/24 x": `"x"`, "10.2.1.1/24 10.2.1.1/16": "the lengths 24 and 16",
+			"none net:default": "stands alone", "10.2.1.1/24,": "not an address", "net:10.48.0.0/24": "outside the range 10.32.0.0/12",
+		} {
+			r, err := w.viaProxy(h1, "run", "--name", "bad", "-e", "MESH_CIDR="+bad, lab.Image, "true")
 			w.try(err)
-			if r.Exit == 0 || r.Stderr == "" {
-				t.Errorf("MESH_CIDR=%s: %s", bad, r)
+			if r.Exit != 125 || !strings.Contains(r.Stderr, "Error response from daemon: meshd: MESH_CIDR=") || !strings.Contains(r.Stderr, why) {
+				t.Errorf("MESH_CIDR=%s: %s, want %q", bad, r, why)
 			}
 			if out, err := h1.Out(w.ctx, "docker", "ps", "-aq", "--filter", "name=^bad$"); err != nil || out != "" {
 				t.Errorf("MESH_CIDR=%s left a container: %v %q", bad, err, out)

@@ -64,6 +64,11 @@ func ParseAddrSpecs(s string) ([]AddrSpec, error) {
 		if spec.Kind == AddrNone && len(words) > 1 {
 			return nil, errors.New(`address "none" stands alone`)
 		}
+		for _, s := range specs {
+			if s.Kind == AddrExact && spec.Kind == AddrExact && s.Prefix.Addr() == spec.Prefix.Addr() && s != spec {
+				return nil, fmt.Errorf("address %v stands there with the lengths %d and %d", s.Prefix.Addr(), s.Prefix.Bits(), spec.Prefix.Bits())
+			}
+		}
 		specs = append(specs, spec)
 	}
 	return specs, nil

@@ -91,6 +91,8 @@ func TestParseAddrSpecs(t *testing.T) {
 		{" \t ", []string{}},
 		{"none", []string{"none"}},
 		{"net:default  ip:10.2.1.1/24\tfd00::1/64", []string{"net:default", "ip:10.2.1.1/24", "ip:fd00::1/64"}},
+		{"10.2.1.1/24 ip:10.2.1.1/24", []string{"ip:10.2.1.1/24", "ip:10.2.1.1/24"}},
+		{"10.2.1.1/24 net:default 10.2.1.1/16", nil},
 		{"none net:default", nil},
 		{"10.2.1.1/24 10.2.1.0/24", nil},
 		{strings.Repeat("net:default ", 65), nil},

@@ -28,6 +28,8 @@ type Config struct {
 	WaitDir string
 	Ifname  string
 
+	Range netip.Prefix // what addresses are given from: a subnet that is asked for lies in it; zero: not known
+
 	NoDefaultIPAlloc bool // attach only containers that ask, with MESH_CIDR or WEAVE_CIDR
 	NoRewriteHosts   bool // leave /etc/hosts to Docker
 	NoMulticastRoute bool

@@ -164,6 +164,11 @@ func (p *Proxy) wanted(env []string, host *object) (addrs string, ok bool, err e
 		value, asked = vars[variable]
 	}
 	specs, err := mesh.ParseAddrSpecs(value)
+	for _, s := range specs {
+		if r := p.cfg.Range; s.Kind == mesh.AddrSubnet && r.IsValid() && (!r.Contains(s.Prefix.Addr()) || s.Prefix.Bits() < r.Bits()) {
+			err = fmt.Errorf("address %q: lies outside the range %v, from which addresses are given", s, r)
+		}
+	}
 	if err != nil {
 		return "", false, fmt.Errorf("%s=%q: %w", variable, shown(value), err)
 	}

@@ -359,7 +359,7 @@ func (h *house) buildContainers() error {
 	p := d.Proxy
 	pc := proxy.Config{
 		Listen: p.Listen, Docker: d.API, WaitDir: waitDir(h.cfg), Ifname: h.cfg.Overlay.Ifname,
-		NoDefaultIPAlloc: p.NoDefaultIPAlloc, NoRewriteHosts: p.NoRewriteHosts, NoMulticastRoute: p.NoMulticastRoute,
+		Range: h.cfg.Addresses.Range, NoDefaultIPAlloc: p.NoDefaultIPAlloc, NoRewriteHosts: p.NoRewriteHosts, NoMulticastRoute: p.NoMulticastRoute,
 		RewriteInspect: p.RewriteInspect, DNSDomain: h.cfg.DNS.Domain,
 		HostnameFromLabel: p.HostnameFromLabel, HostnameMatch: p.HostnameMatch, HostnameReplacement: p.HostnameReplacement,
 	}
