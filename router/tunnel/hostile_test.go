@@ -407,3 +407,69 @@ func (c *replayedConn) Write(b []byte) (int, error)     { return len(b), nil }
 func (c *replayedConn) Close() error                    { return nil }
 func (c *replayedConn) SetDeadline(time.Time) error     { return nil }
 func (c *replayedConn) SetReadDeadline(time.Time) error { return nil }
+
+// R4: a hundred members send a hundred thousand parts of frames that never become whole, of any size. What is held of them
+// all together stays far below 4 MB, and a frame in parts still gets through from each.
+func TestUnfinishedParts(t *testing.T) {
+	r, _ := testReceiver(t)
+	port := r.t.cfg.Ports[0].(*memPort)
+	const peers, parts = 100, 100_000
+	var sessions []*keys
+	for i := range uint32(peers) {
+		ours, theirs := terms{own: 100 + i, other: 900 + i, aes: true}, terms{own: 900 + i, other: 100 + i, aes: true}
+		p := &peer{name: mesh.PeerName{3, byte(i)}}
+		p.info.Store(&peerInfo{hello: router.Hello{Name: p.name}})
+		r.t.setPeers(func(m map[mesh.PeerName]*peer) { m[p.name] = p })
+		k := newKeys(ours, theirs, [32]byte{1, byte(i)}, [32]byte{2, byte(i)})
+		r.t.addKeys(p, k, time.Now())
+		k.confirmed.Store(true)
+		sessions = append(sessions, newKeys(theirs, ours, [32]byte{2, byte(i)}, [32]byte{1, byte(i)}))
+	}
+	var nonce [nonceLen]byte
+	counters := make([]uint64, peers)
+	d := make([]byte, 1<<16)
+	send := func(i int, p part) {
+		n := dataHeaderLen + len(appendPart(d[dataHeaderLen:dataHeaderLen], p))
+		r.datagram(d[:sessions[i].sealAt(d, n, counters[i], &nonce)], origin{addr: netip.MustParseAddrPort("10.0.0.9:6783")})
+		counters[i]++
+	}
+	heap := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	rng := rand.New(rand.NewPCG(4, 0))
+	piece := make([]byte, 60_000)
+	before, most := heap(), uint64(0)
+	for i := range parts {
+		size := 1 + rng.IntN(600)
+		if i%3 == 0 {
+			size = 1 + rng.IntN(len(piece))
+		}
+		send(i%peers, part{id: uint16(rng.IntN(1 << 16)), index: byte(rng.IntN(2)), count: maxParts, piece: piece[:size]})
+		if i%(parts/10) == parts/10-1 {
+			most = max(most, heap())
+		}
+		if i%1000 == 0 {
+			drain(r.t)
+		}
+	}
+	t.Logf("%d parts of %d members hold %d kB", parts, peers, (int64(most)-int64(before))/1000)
+	if most > before+1<<20 {
+		t.Errorf("%d bytes are held, limit 1 MB", most-before)
+	}
+	if got := port.frames(); len(got) != 0 {
+		t.Fatalf("%d frames were delivered", len(got))
+	}
+	frame := make([]byte, 1000)
+	copy(frame, []byte{2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x88, 0xb5})
+	body := append(binary.BigEndian.AppendUint16(nil, uint16(len(frame))), frame...)
+	for i := range peers {
+		send(i, part{id: 7, index: 1, count: 2, piece: body[600:]})
+		send(i, part{id: 7, index: 0, count: 2, piece: body[:600]})
+	}
+	if got := port.frames(); len(got) != peers {
+		t.Errorf("%d of %d whole frames were delivered; drops %v", len(got), peers, r.t.Drops())
+	}
+}

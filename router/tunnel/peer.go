@@ -75,11 +75,12 @@ type counters struct {
 const maxPending = 16
 
 // reassembly puts bodies together that came in parts. One at a time: the first part of the next one pushes
-// out what is incomplete.
+// out what is incomplete, and no more is held than a body has, so nothing needs to expire.
 type reassembly struct {
 	id   uint16
 	got  [maxParts][]byte
 	have int
+	size int
 }
 
 // add takes one part and returns the body when it was the last one missing, behind vnetLen spare bytes.
@@ -90,6 +91,10 @@ func (r *reassembly) add(p part) []byte {
 	if r.got[p.index] != nil {
 		return nil
 	}
+	if r.size += len(p.piece); r.size > maxWhole {
+		*r = reassembly{}
+		return nil
+	}
 	r.got[p.index] = append(make([]byte, 0, len(p.piece)), p.piece...)
 	r.have++
 	if r.have < int(p.count) {
@@ -97,7 +102,7 @@ func (r *reassembly) add(p part) []byte {
 	}
 	body := make([]byte, vnetLen, vnetLen+maxWhole)
 	for _, piece := range r.got[:p.count] {
-		if piece == nil || len(body)+len(piece) > vnetLen+maxWhole {
+		if piece == nil {
 			*r = reassembly{}
 			return nil
 		}
