@@ -3,8 +3,6 @@ package integration
 import (
 	"context"
 	"encoding/hex"
-	"net/netip"
-	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -252,29 +250,8 @@ func TestForeignBridge(t *testing.T) {
 	w := newWorld(t, 2, time.Minute)
 	w.mesh()
 	c := w.netns(w.Host(1), "c1", "10.2.1.1/24")
-	h2 := w.Host(2)
-	vm, err := h2.Netns(w.ctx, "vm")
-	w.try(err)
-	script := `link add vm0 type veth peer name eth0 netns vm
-link set vm0 master mesh up
-`
-	r, err := h2.RunWith(w.ctx, func(c *exec.Cmd) { c.Stdin = strings.NewReader(script) }, "ip", "-batch", "-")
-	if err != nil || r.Exit != 0 {
-		t.Fatalf("%v %s", err, r)
-	}
-	mtu, err := h2.Out(w.ctx, "cat", "/sys/class/net/mesh/mtu")
-	w.try(err)
-	for _, args := range [][]string{{"addr", "add", "10.2.1.77/24", "dev", "eth0"}, {"link", "set", "eth0", "mtu", mtu, "up"}} {
-		_, err = vm.Out(w.ctx, append([]string{"ip"}, args...)...)
-		w.try(err)
-	}
-	w.t.Cleanup(func() {
-		_, err := h2.Out(context.Background(), "ip", "link", "del", "vm0")
-		w.try(err)
-		w.try(vm.Remove(context.Background()))
-	})
-	m := &member{vm, netip.MustParseAddr("10.2.1.77")}
-	_, err = c.WaitPing(w.ctx, m.addr, 5*time.Second)
+	m := w.foreign(w.Host(2), "vm", "10.2.1.77/24")
+	_, err := c.WaitPing(w.ctx, m.addr, 5*time.Second)
 	w.try(err)
 	w.pings(m, c, 5, 56)
 	w.pings(c, m, 5, 10000)

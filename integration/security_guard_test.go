@@ -350,44 +350,9 @@ func TestContainersPretend(t *testing.T) {
 // flood is L5, L6 and L9: many MACs, many broadcasts, and frames of all sizes.
 func (w *world) flood(h1, h2 *lab.Host, a, v1, v2 *member, f *lab.Frames, limited bool) {
 	w.t.Helper()
-	fdb := func(h *lab.Host) int {
-		out, err := h.Out(w.ctx, "bridge", "fdb", "show", "br", "mesh")
-		w.try(err)
-		return strings.Count(out, "\n")
-	}
-	macs := func(h *lab.Host) int {
-		r, err := h.Report(w.ctx)
-		w.try(err)
-		return len(r.Router.MACs)
-	}
-	victim := w.mac(v2)
-	before, known, pid := fdb(h1)+fdb(h2), macs(h1)+macs(h2), h1.Meshd()
+	pid, victim := h1.Meshd(), w.mac(v2)
 	others := w.watch(v1, v2, 2*time.Millisecond)
-	resident := func() (sum int64) {
-		for _, h := range []*lab.Host{h1, h2} {
-			sum += int64(w.usage(h).rss) << 10
-		}
-		return sum
-	}
-	resting := resident()
-	flood := scaled(20_000, 1_000_000)
-	for i := range flood {
-		src := []byte{2, 0xf0, byte(i >> 24), byte(i >> 16), byte(i >> 8), byte(i)}
-		if err := f.Send(ether(victim, src, 0x800, ip4(a.addr, v2.addr, 17, udp(9, 9, nil))...)); err != nil {
-			continue // its own queue is full
-		}
-	}
-	if now := fdb(h1) + fdb(h2); now > before+2 {
-		w.t.Errorf("after %d made-up MACs the bridges have %d more entries", flood, now-before)
-	}
-	if now := macs(h1) + macs(h2); now > known+2 {
-		w.t.Errorf("after %d made-up MACs meshd knows %d more", flood, now-known)
-	}
-	more := float64(resident()-resting) / (1 << 20)
-	w.t.Logf("%d made-up MACs: both meshds together have %+.1f MB", flood, more)
-	if more > 2*5 {
-		w.t.Errorf("two meshds have grown by %.1f MB, each may by 5", more)
-	}
+	w.madeUp(f, a.addr, v2, scaled(20_000, 1_000_000), 1<<30, 2)
 	count, err := v2.OpenFrames("ethmesh")
 	w.try(err)
 	defer count.Close()

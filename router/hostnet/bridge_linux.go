@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"meshd/mesh"
@@ -17,6 +18,11 @@ type BridgeSpec struct {
 	MTU int      // bytes of the largest packet inside the mesh; zero leaves what is there, or 1500
 	MAC mesh.MAC // zero leaves what is there, or takes a random one
 }
+
+// maxLearned is how many MAC addresses the bridge learns, as many as the router: where senders are not guarded, here
+// or on another host, somebody may make up any number. What it does not learn it floods. Linux before 6.7 knows no
+// such limit.
+const maxLearned = 16384
 
 // EnsureBridge makes or adopts the bridge and returns its MAC address. A bridge made by others under
 // this name is used, but Reset leaves it.
@@ -77,6 +83,7 @@ func (h *Host) ensureBridge(want BridgeSpec) (mac mesh.MAC, err error) {
 			if err := h.nl.LinkSetAlias(br, aliasPrefix+br.Name); err != nil {
 				return mac, fmt.Errorf("set alias: %w", err)
 			}
+			br.Alias = aliasPrefix + br.Name
 		}
 	}
 	if !want.MAC.IsZero() && macOf(br.HardwareAddr) != want.MAC {
@@ -96,6 +103,11 @@ func (h *Host) ensureBridge(want BridgeSpec) (mac mesh.MAC, err error) {
 			return mac, fmt.Errorf("turn multicast snooping off: %w", err)
 		}
 	}
+	if br.Alias == aliasPrefix+br.Name {
+		if err := h.limitLearning(br); err != nil {
+			return mac, fmt.Errorf("limit what it learns: %w", err)
+		}
+	}
 	err = inNamespace(h.ns, func() error {
 		if err := setSysctls(br.Name, ourDevice); err != nil {
 			return err
@@ -110,6 +122,19 @@ func (h *Host) ensureBridge(want BridgeSpec) (mac mesh.MAC, err error) {
 		return mac, fmt.Errorf("set up: %w", err)
 	}
 	return macOf(br.HardwareAddr), nil
+}
+
+func (h *Host) limitLearning(br *netlink.Bridge) error {
+	req := h.strictRequest(unix.RTM_NEWLINK, unix.NLM_F_ACK)
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index = int32(br.Index)
+	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
+	info.AddRtAttr(nl.IFLA_INFO_KIND, nl.NonZeroTerminated(br.Type()))
+	info.AddRtAttr(nl.IFLA_INFO_DATA, nil).AddRtAttr(unix.IFLA_BR_FDB_MAX_LEARNED, nl.Uint32Attr(maxLearned))
+	req.AddData(msg)
+	req.AddData(info)
+	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
+	return err
 }
 
 // looksOurs tells a bridge that an earlier run made, and had no time to mark, from somebody else's: that
