@@ -96,6 +96,7 @@ type peer struct {
 	since    time.Duration // when the state last became or ceased to be Alive
 	life     uint32
 	heard    bool
+	ringed   bool // has said that it has a ring of our range
 	voter    bool
 	claiming bool
 	fills    bool   // has said so since we began to
@@ -638,6 +639,7 @@ func (c *core) message(from mesh.PeerName, b []byte, t time.Time) {
 	p := c.peer(from)
 	p.heard, p.life, p.voter, p.claiming = true, m.life, m.flags&flagVoter != 0, m.flags&flagClaiming != 0
 	p.fills = p.fills || m.flags&flagFills != 0 // messages overtake each other
+	p.ringed = m.cluster != 0 && m.rng == c.cfg.Range
 	if m.kind == kindNotice {
 		c.heedNotice(m)
 		return

@@ -91,14 +91,19 @@ func (c *core) founding(d ring.Delta) {
 }
 
 // wantElection begins an attempt to found the ring by consensus, if the time has come and enough voters
-// are in reach.
+// are in reach. When many join a mesh at once they are a quorum of their own, and may agree before one of the few
+// who have its ring gets a word in. So they, too, hear out all peers in reach first.
 func (c *core) wantElection() {
 	if c.ring.Cluster() != 0 || c.cfg.Init.Mode != Consensus || c.left || c.now < c.attemptAt {
 		return
 	}
 	alive, voters := c.alivePeers(), 1
 	for _, name := range alive {
-		if c.peers[name].voter {
+		p := c.peers[name]
+		if p.ringed || !p.heard && c.now-c.birth < c.cfg.Grace {
+			return
+		}
+		if p.voter {
 			voters++
 		}
 	}

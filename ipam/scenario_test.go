@@ -481,6 +481,30 @@ func TestRepairUnheard(t *testing.T) {
 	w.must(t)
 }
 
+// TestCrowd: many who join at once could agree among themselves before any of the few who have the ring was heard.
+func TestCrowd(t *testing.T) {
+	w := cluster(t, 1, 2, "10.32.0.0/24")
+	if _, err := w.get(w.nodes[0], "first", w.rangep, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	var crowd []*node
+	for range 6 {
+		n := w.addNode(Init{Mode: Consensus, N: 3})
+		w.allocate(n, "c-"+n.String(), w.rangep)
+		crowd = append(crowd, n)
+	}
+	w.muted = func(from, to *node, _ bool) bool { return slices.Contains(crowd, to) != slices.Contains(crowd, from) }
+	w.run(3 * time.Second)
+	w.muted = nil
+	w.run(10 * time.Second)
+	for _, n := range crowd {
+		if n.cluster() != w.nodes[0].cluster() {
+			t.Errorf("%s: cluster %x, want %x", n, n.cluster(), w.nodes[0].cluster())
+		}
+	}
+	w.must(t)
+}
+
 // TestServesWhenRecorded: a new peer gets no space before all members in reach have recorded that it exists. Else
 // those of them who remain could take over what it was given, never having heard of it.
 func TestServesWhenRecorded(t *testing.T) {
@@ -950,6 +974,9 @@ func TestScaleStorm(t *testing.T) {
 	}
 	if *simSeeds > 0 {
 		seeds = *simSeeds
+	}
+	if *simSeed >= 0 {
+		*simFirst, seeds = *simSeed, 1
 	}
 	runSeeds(t, seeds, storm)
 }
