@@ -498,3 +498,64 @@ func TestRekeyUnderLoad(t *testing.T) {
 		t.Errorf("%d keys seen", len(seen))
 	}
 }
+
+// R6: the kernel has no room. A socket whose datagrams wait in a queue says EAGAIN. When the queue itself drops them it tells the
+// socket nothing unless that asked to hear of errors (IP_RECVERR: udp_send_skb in Linux's net/ipv4/udp.c), and then it says
+// ENOBUFS. Both are errFull to who does not wait; the next datagram goes when there is room.
+func TestUDPFull(t *testing.T) {
+	ns := twoHosts(t)
+	to := netip.MustParseAddrPort("10.99.0.2:6783")
+	var conn, other Conn
+	for i, c := range []struct {
+		conn *Conn
+		at   string
+	}{{&conn, "0.0.0.0:0"}, {&other, "0.0.0.0:6783"}} {
+		inNS(t, ns[i], func() (err error) {
+			*c.conn, err = ListenUDP(netip.MustParseAddrPort(c.at), slog.New(slog.DiscardHandler))
+			return err
+		})
+		defer (*c.conn).Close()
+	}
+	b := make([]byte, 1000)
+	run(t, "ip", "netns", "exec", ns[0], "ping", "-c", "1", "10.99.0.2") // the neighbour is known
+	option := func(level, name, value int) {
+		t.Helper()
+		var err error
+		cerr := conn.(*udpConn).raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), level, name, value) })
+		if err = errors.Join(err, cerr); err != nil {
+			t.Fatal(err)
+		}
+	}
+	full := func() (sent int, err error) {
+		for sent = range 2000 {
+			if err = conn.Write(b, len(b), to, false); err != nil {
+				break
+			}
+		}
+		return sent, err
+	}
+	for _, c := range []struct {
+		what   string
+		limit  string // of the queue, in bytes
+		buffer int    // of the socket
+		hear   int
+		want   error
+	}{
+		{"socket", "100000000", 20_000, 0, errFull},
+		{"queue", "20000", 100_000_000, 0, nil},
+		{"queue, told", "20000", 100_000_000, 1, errFull},
+	} {
+		option(unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, c.buffer)
+		option(unix.IPPROTO_IP, unix.IP_RECVERR, c.hear)
+		run(t, "tc", "-n", ns[0], "qdisc", "replace", "dev", "under", "root", "tbf", "rate", "8kbit", "burst", "2000", "limit", c.limit)
+		sent, err := full()
+		t.Logf("%s full: %v after %d datagrams", c.what, err, sent)
+		if !errors.Is(err, c.want) || c.want == nil && err != nil {
+			t.Errorf("%s full: got %v, want %v", c.what, err, c.want)
+		}
+		run(t, "tc", "-n", ns[0], "qdisc", "del", "dev", "under", "root")
+		if err := conn.Write(b, len(b), to, true); err != nil {
+			t.Errorf("%s: with room again: %v", c.what, err)
+		}
+	}
+}
