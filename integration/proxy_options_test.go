@@ -62,9 +62,10 @@ func TestProxyOptions(t *testing.T) {
 	}
 }
 
-// TestProxyChurn starts and ends containers from all sides at once, and wants nothing to be left.
+// TestProxyChurn starts and ends containers from all sides at once, and wants nothing to be left. In long runs the
+// last of it is K10: 200 docker run --rm at a time, twenty times over, beside a part of the same without the proxy.
 func TestProxyChurn(t *testing.T) {
-	w := newWorld(t, 1, 10*time.Minute)
+	w := newWorld(t, 1, scaled(10*time.Minute, 3*time.Hour))
 	h := w.Host(1)
 	w.docker(h)
 	w.mesh()
@@ -75,44 +76,61 @@ func TestProxyChurn(t *testing.T) {
 	}))
 	before, err := h.Snapshot(w.ctx)
 	w.try(err)
-	var wg sync.WaitGroup
-	for worker := range scaled(10, 20) {
-		wg.Go(func() {
-			for i := range scaled(4, 20) {
-				name := fmt.Sprintf("c%d-%d", worker, i)
-				args := []string{"run", "--rm", "--name", name, "-e", "MESH_CIDR=net:10.32.9.0/27", lab.Image, "true"}
-				if worker%2 == 1 { // ended from outside, at whatever moment
-					args = []string{"run", "-d", "--rm", "--name", name, "-e", "MESH_CIDR=net:10.32.9.0/27", lab.Image, "sleep", "1000"}
-				}
-				var killer sync.WaitGroup
-				if worker%2 == 1 {
-					killer.Go(func() {
-						err := lab.Until(w.ctx, time.Minute, "something to kill", func() bool {
-							r, err := h.Run(w.ctx, "docker", "kill", name)
-							return err == nil && r.Exit == 0
-						})
-						if err != nil {
-							w.t.Error(err)
-						}
-					})
-				}
-				r, err := h.RunWith(w.ctx, func(c *exec.Cmd) { c.Env = append(c.Env, "DOCKER_HOST="+proxySocket) }, append([]string{"docker"}, args...)...)
-				killer.Wait()
-				if err != nil || r.Exit != 0 {
-					w.t.Errorf("%v %s", err, r)
-				}
-			}
+	idle := w.sample(h)
+	nothingLeft := func(w *world) {
+		w.t.Helper()
+		start := time.Now()
+		w.try(lab.Until(w.ctx, time.Minute, "everything to be gone", func() bool {
+			out, err := h.Out(w.ctx, "docker", "ps", "-aq")
+			return err == nil && out == ""
+		}))
+		w.try(h.WaitSame(w.ctx, before))
+		w.within("nothing is left", time.Since(start), time.Minute)
+		// Idle connections to dockerd are among them, which end by themselves.
+		var now sample
+		err := lab.Until(w.ctx, 90*time.Second, "meshd to be idle again", func() bool {
+			now = w.sample(h)
+			return now.fds <= idle.fds+8 && now.goroutines <= idle.goroutines+16
 		})
+		w.t.Logf("meshd: descriptors %.0f to %.0f, goroutines %.0f to %.0f, %.0f MB resident", idle.fds, now.fds, idle.goroutines, now.goroutines, now.rss/1e6)
+		if err != nil {
+			w.t.Error(err)
+		}
 	}
-	wg.Wait()
-	start := time.Now()
-	err = lab.Until(w.ctx, time.Minute, "everything to be gone", func() bool {
-		out, err := h.Out(w.ctx, "docker", "ps", "-aq")
-		return err == nil && out == ""
+	t.Run("EndedFromOutside", func(t *testing.T) {
+		w := w.in(t)
+		failed := w.crowd(scaled(10, 20), scaled(4, 20), func(name string, worker int) lab.Result {
+			if worker%2 == 0 {
+				return w.crowdRun(h, proxySocket, "run", "--rm", "--name", name, "-e", "MESH_CIDR=net:10.32.9.0/27", lab.Image, "true")
+			}
+			var killer sync.WaitGroup
+			defer killer.Wait()
+			killer.Go(func() { // at whatever moment
+				w.try(lab.Until(w.ctx, time.Minute, "something to kill", func() bool {
+					r, err := h.Run(w.ctx, "docker", "kill", name)
+					return err == nil && r.Exit == 0
+				}))
+			})
+			return w.crowdRun(h, proxySocket, "run", "-d", "--rm", "--name", name, "-e", "MESH_CIDR=net:10.32.9.0/27", lab.Image, "sleep", "1000")
+		})
+		if failed > 0 {
+			t.Errorf("%d failed", failed)
+		}
+		nothingLeft(w)
 	})
-	w.try(err)
-	w.try(h.WaitSame(w.ctx, before))
-	w.within("nothing is left", time.Since(start), time.Minute)
+	t.Run("AtATime", func(t *testing.T) {
+		w := w.in(t)
+		for _, endpoint := range []string{dockerSocket, proxySocket} {
+			each := scaled(1, map[string]int{dockerSocket: 5, proxySocket: 20}[endpoint])
+			failed := w.crowd(scaled(10, 200), each, func(name string, _ int) lab.Result {
+				return w.crowdRun(h, endpoint, "run", "--rm", "--name", name, "-e", "MESH_CIDR=net:10.32.12.0/22", lab.Image, "true")
+			})
+			if failed > 0 && endpoint == proxySocket {
+				t.Errorf("%d failed by the proxy", failed)
+			}
+			nothingLeft(w)
+		}
+	})
 	// All thirty addresses of the subnet can be had.
 	for i := range 30 {
 		name := fmt.Sprintf("full%d", i)
@@ -126,4 +144,43 @@ func TestProxyChurn(t *testing.T) {
 		names = append(names, fmt.Sprintf("full%d", i))
 	}
 	w.dockerAt(h, proxySocket, "", append([]string{"rm", "-f"}, names...)...)
+}
+
+// crowdRun runs the Docker client against an endpoint, from any goroutine.
+func (w *world) crowdRun(h *lab.Host, endpoint string, args ...string) lab.Result {
+	r, err := h.RunWith(w.ctx, func(c *exec.Cmd) { c.Env = append(c.Env, "DOCKER_HOST="+endpoint) }, append([]string{"docker"}, args...)...)
+	if err != nil {
+		r.Exit, r.Stderr = -1, err.Error()
+	}
+	return r
+}
+
+// crowd has workers run containers, each so many one after the other, and gives the number of those that failed.
+func (w *world) crowd(workers, each int, run func(name string, worker int) lab.Result) (failed int) {
+	w.t.Helper()
+	start := time.Now()
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	var took []time.Duration
+	for worker := range workers {
+		wg.Go(func() {
+			for i := range each {
+				start := time.Now()
+				r := run(fmt.Sprintf("c%d-%d", worker, i), worker)
+				mu.Lock()
+				took = append(took, time.Since(start))
+				if r.Exit != 0 {
+					if failed++; failed <= 5 {
+						w.t.Log(r)
+					}
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+	slices.Sort(took)
+	w.t.Logf("%d at a time, %d each: %d failed, %v in all, each %v (median), %v (longest)", workers, each, failed,
+		time.Since(start).Round(time.Second), took[len(took)/2].Round(time.Millisecond), took[len(took)-1].Round(time.Millisecond))
+	return failed
 }

@@ -3,8 +3,11 @@ package integration
 import (
 	"fmt"
 	"net/netip"
+	"os/exec"
 	"slices"
 	"strconv"
+	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -39,7 +42,7 @@ func (w *world) killContainer(h *lab.Host, name string) {
 
 // TestProxyRestarts restarts containers, dockerd, meshd and the host in every order.
 func TestProxyRestarts(t *testing.T) {
-	w := newWorld(t, 2, 6*time.Minute)
+	w := newWorld(t, 2, scaled(6*time.Minute, time.Hour))
 	h1, h2 := w.Host(1), w.Host(2)
 	w.docker(h1, h2)
 	w.mesh()
@@ -146,6 +149,7 @@ func TestProxyRestarts(t *testing.T) {
 			works(t, "docker start", everyone...)
 		})
 	}
+	step("KilledAnywhere", func(t *testing.T, w *world) { testKilledAnywhere(w, h2, launch) })
 	step("StateLost", func(t *testing.T, w *world) {
 		w.proxyDocker(h2, "create", "--name", "later", "-e", "MESH_CIDR=ip:10.9.1.9/24", lab.Image, "sleep", "1000000")
 		w.killMeshd(h2)
@@ -176,6 +180,109 @@ func TestProxyRestarts(t *testing.T) {
 	launch(w)
 }
 
+// testKilledAnywhere is K7: meshd is killed at any moment of a docker run and, in long runs, dockerd is killed or sleeps. What is
+// there afterwards is attached as a whole or can be started again, and no address is lost. (In every run proxy has it
+// with a daemon of its own: TestDaemonDiesAnywhere, TestSlowDaemon.)
+func testKilledAnywhere(w *world, h *lab.Host, launch func(*world)) {
+	const options = "-d --stop-timeout 1 -e MESH_CIDR=net:10.32.9.8/29" // which has six addresses
+	run := func(name string) []string {
+		return slices.Concat([]string{"docker", "run", "--name", name}, strings.Fields(options), []string{lab.Image, "sleep", "1000000"})
+	}
+	viaProxy := func(c *exec.Cmd) { c.Env = append(c.Env, "DOCKER_HOST="+proxySocket) }
+	start := time.Now()
+	r, err := h.RunWith(w.ctx, viaProxy, run("whole")...)
+	w.try(err)
+	whole := time.Since(start)
+	if r.Exit != 0 {
+		w.t.Fatal(r)
+	}
+	w.dockerAt(h, dockerSocket, "", "rm", "-f", "whole")
+	meshds, dockerds, sleeps := scaled(4, 60), scaled(0, 20), scaled(0, 8)
+	seen := map[string]int{}
+	for i := range meshds + dockerds + sleeps {
+		name := fmt.Sprintf("k%d", i)
+		p, err := h.Start(w.ctx, viaProxy, run(name)...)
+		w.try(err)
+		rounds, n := meshds, i
+		if i >= meshds {
+			rounds, n = dockerds, i-meshds
+		}
+		if n >= rounds {
+			rounds, n = sleeps, n-rounds
+		}
+		w.rest(whole * time.Duration(2*n+1) / time.Duration(2*rounds))
+		what := "meshd killed"
+		switch {
+		case i < meshds:
+			w.killMeshd(h)
+			_ = p.Wait(w.ctx) // well or not, it has ended
+			launch(w)
+		case i < meshds+dockerds:
+			what = "dockerd killed"
+			w.try(h.StopDocker(true))
+			if err := h.StartDocker(w.ctx); err != nil { // containerd was in the middle of something
+				w.t.Log(err)
+				w.try(h.StartDocker(w.ctx))
+			}
+			_ = p.Wait(w.ctx)
+		default: // for longer than meshd waits for an answer
+			what = "dockerd asleep for 30 s"
+			pid := h.PIDs("dockerd")[0]
+			w.try(h.Kill(w.ctx, pid, syscall.SIGSTOP))
+			w.rest(30 * time.Second)
+			w.try(h.Kill(w.ctx, pid, syscall.SIGCONT))
+			if err := p.Wait(w.ctx); err != nil {
+				w.t.Errorf("%s: %s: %v", name, what, err)
+			}
+		}
+		state := w.dockerAt(h, dockerSocket, "", "inspect", "-f", "{{.State.Status}}", name)
+		status := strings.TrimSpace(state.Stdout)
+		seen[what+": "+status]++
+		switch status {
+		case "":
+			w.proxyDocker(h, run(name)[1:]...)
+		case "created", "exited":
+			// A dockerd that was killed may have left behind, in containerd, what keeps it from starting that one.
+			if lab.Until(w.ctx, 5*time.Second, "a start", func() bool { return w.dockerAt(h, proxySocket, "", "start", name).Exit == 0 }) != nil {
+				if r := w.dockerAt(h, dockerSocket, "", "start", name); r.Exit == 0 || i < meshds {
+					w.t.Errorf("%s: %s, then it was %s: not to be started by the proxy; directly: %s", name, what, status, r)
+				}
+				seen[what+": broken"]++
+				w.dockerAt(h, dockerSocket, "", "rm", "-f", name)
+				w.proxyDocker(h, run(name)[1:]...)
+			}
+		}
+		m := w.waitAttached(h, name, netip.Addr{})
+		if !netip.MustParsePrefix("10.32.9.8/29").Contains(m.addr) {
+			w.t.Errorf("%s: %s, then it was %s: attached at %v", name, what, status, m.addr)
+		}
+		if i < meshds && i%2 == 1 { // removed while nobody looks
+			w.killMeshd(h)
+			w.dockerAt(h, dockerSocket, "", "rm", "-f", name)
+			launch(w)
+		} else {
+			w.dockerAt(h, dockerSocket, "", "rm", "-f", name)
+		}
+	}
+	w.t.Logf("a docker run takes %v; interrupted, the container was %v", whole.Round(time.Millisecond), seen)
+	start = time.Now()
+	var names []string
+	for i := range 6 {
+		name := fmt.Sprintf("full%d", i)
+		names = append(names, name)
+		err := lab.Until(w.ctx, time.Minute, "the addresses to be free again", func() bool {
+			r := w.dockerAt(h, proxySocket, "", run(name)[1:]...)
+			if r.Exit != 0 {
+				w.dockerAt(h, dockerSocket, "", "rm", "-f", name)
+			}
+			return r.Exit == 0
+		})
+		w.try(err)
+	}
+	w.within("all addresses are free again", time.Since(start), time.Minute)
+	w.dockerAt(h, dockerSocket, "", append([]string{"rm", "-f"}, names...)...)
+}
+
 // waitAttached waits until a container runs and has one address, this one if it is given. Unlike adopted it
 // leaves removing the container to others.
 func (w *world) waitAttached(h *lab.Host, name string, want netip.Addr) *member {
@@ -201,28 +308,54 @@ func (w *world) waitAttached(h *lab.Host, name string, want netip.Addr) *member 
 	return m
 }
 
-// TestProxyFiftyReboots starts dockerd and meshd in varying order again and again.
+// TestProxyFiftyReboots is K9: dockerd with containers that restart always, and meshd, start in varying order and at
+// once, again and again. TestProxyRestarts has some of it in every run.
 func TestProxyFiftyReboots(t *testing.T) {
 	if !long() {
 		t.Skip("takes minutes; MESHD_LONG=1 runs it")
 	}
-	w := newWorld(t, 1, 15*time.Minute)
+	w := newWorld(t, 1, 30*time.Minute)
 	h := w.Host(1)
 	w.docker(h)
 	w.mesh()
-	m := w.proxied(h, "always", "--restart", "always")
+	all := map[string]*member{
+		"any":    w.proxied(h, "any", "--restart", "always"),
+		"subnet": w.proxied(h, "subnet", "--restart", "always", "-e", "MESH_CIDR=net:10.32.2.0/24"),
+		"exact":  w.proxied(h, "exact", "--restart", "always", "-e", "MESH_CIDR=10.9.1.1/24"),
+	}
+	var docker, attached []time.Duration
 	for i := range 50 {
 		w.try(h.Reboot(w.ctx))
-		steps := []func(){func() { w.try(h.StartDocker(w.ctx)) }, func() { w.launch(h) }}
-		if i%2 == 1 {
-			slices.Reverse(steps)
+		start := time.Now()
+		dockerd := func() {
+			start := time.Now()
+			if err := h.StartDocker(w.ctx); err != nil {
+				t.Error(err)
+			}
+			docker = append(docker, time.Since(start))
 		}
-		for _, f := range steps {
-			f()
+		switch i % 3 {
+		case 0:
+			dockerd()
+			w.launch(h)
+		case 1:
+			w.launch(h)
+			dockerd()
+		case 2:
+			var both sync.WaitGroup
+			both.Go(dockerd)
+			w.launch(h)
+			both.Wait()
 		}
-		w.waitAttached(h, "always", m.addr)
+		for name, m := range all {
+			w.waitAttached(h, name, m.addr)
+		}
+		attached = append(attached, time.Since(start))
 	}
-	w.dockerAt(h, dockerSocket, "", "rm", "-f", "always")
+	slices.Sort(docker)
+	slices.Sort(attached)
+	t.Logf("dockerd answered after %v, at most %v; all were attached after %v, at most %v", docker[25], docker[49], attached[25], attached[49])
+	w.dockerAt(h, dockerSocket, "", "rm", "-f", "any", "subnet", "exact")
 	_, err := h.Must(w.ctx, "reset", "--force")
 	w.try(err)
 	w.rebase(h)

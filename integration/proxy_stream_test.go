@@ -360,6 +360,19 @@ func TestProxyVersions(t *testing.T) {
 	w.docker(h)
 	w.mesh()
 	id := regexp.MustCompile(`[0-9a-f]{64}`)
+	// Whatever way of writing the path dockerd takes for a create, the proxy does too.
+	for _, path := range []string{"/containers/create", "/containers/%63reate", "//containers/create", "/./containers/create", "/v1.41//containers/create",
+		"/v1.41/x/../containers/create", "/containers/create/", "/Containers/create", "/containers/create;x", "/containers/create%2f", "/containers/create%00"} {
+		const body = `{"Image":"lab","Cmd":["true"]}`
+		code, _ := w.api(h, dockerSocket, "POST", path+"?name=way", body)
+		w.api(h, dockerSocket, "DELETE", "/containers/way", "")
+		pcode, answer := w.api(h, proxySocket, "POST", path+"?name=way", body)
+		_, made := w.api(h, dockerSocket, "GET", "/containers/way/json", "")
+		if code != pcode || code == http.StatusCreated && !strings.Contains(made, `"meshd.addresses":""`) {
+			t.Errorf("create at %s: %d directly, %d by the proxy: %s\n%s", path, code, pcode, answer, made)
+		}
+		w.api(h, dockerSocket, "DELETE", "/containers/way", "")
+	}
 	_, version := w.api(h, dockerSocket, "GET", "/version", "")
 	limits := regexp.MustCompile(`"ApiVersion":"1\.(\d+)","MinAPIVersion":"1\.(\d+)"`).FindStringSubmatch(version)
 	if limits == nil {

@@ -329,3 +329,48 @@ func TestTooManyConnections(t *testing.T) {
 		})
 	}
 }
+
+// A request that ends in its middle, and one that asks for a stream besides, gets no container past the proxy.
+func TestCreateByOtherWays(t *testing.T) {
+	const body = `{"Image":"sh","Cmd":["ls"]}`
+	for name, request := range map[string]string{
+		"cut":                "Content-Length: 100\r\n\r\n" + body,
+		"cut where it could": "Content-Length: 28\r\n\r\n" + body,
+		"chunk cut":          "Transfer-Encoding: chunked\r\n\r\n1b\r\n" + body + "\r\n",
+		"chunk of no length": "Transfer-Encoding: chunked\r\n\r\nx\r\n" + body + "\r\n0\r\n\r\n",
+		"two lengths":        "Content-Length: 27\r\nContent-Length: 5\r\n\r\n" + body,
+		"both framings":      "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n1b\r\n" + body + "\r\n0\r\n\r\n",
+		"stream":             "Connection: Upgrade\r\nUpgrade: tcp\r\nContent-Length: 27\r\n\r\n" + body,
+		"chunked stream":     "Connection: Upgrade\r\nUpgrade: h2c\r\nTransfer-Encoding: chunked\r\n\r\n1b\r\n" + body + "\r\n0\r\n\r\n",
+		"expecting":          "Expect: 100-continue\r\nContent-Length: 27\r\n\r\n" + body,
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := start(t, nil)
+			conn, err := net.Dial("unix", b.socket)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			conn.SetDeadline(time.Now().Add(5 * time.Second))
+			io.WriteString(conn, "POST /v1.41/containers/create HTTP/1.1\r\nHost: docker\r\nContent-Type: application/json\r\n"+request)
+			whole := slices.Contains([]string{"both framings", "stream", "chunked stream", "expecting"}, name)
+			if !whole {
+				conn.(*net.UnixConn).CloseWrite()
+			}
+			r := bufio.NewReader(conn)
+			resp, err := http.ReadResponse(r, nil)
+			for err == nil && resp.StatusCode == http.StatusContinue { // the proxy's and the daemon's
+				resp, err = http.ReadResponse(r, nil)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			b.daemon.mu.Lock()
+			got := string(b.daemon.created)
+			b.daemon.mu.Unlock()
+			if code := map[bool]int{true: http.StatusCreated, false: http.StatusBadRequest}[whole]; resp.StatusCode != code || whole != strings.Contains(got, LabelAddrs) || !whole && got != "" {
+				t.Errorf("the client got %d, the daemon %q", resp.StatusCode, got)
+			}
+		})
+	}
+}
