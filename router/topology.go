@@ -1,6 +1,7 @@
 package router
 
 import (
+	"cmp"
 	"slices"
 	"sync"
 	"time"
@@ -32,8 +33,8 @@ type Topology struct {
 	peers   map[mesh.PeerName]*entry
 	byKey   map[uint64]*record
 	changes uint64      // counts what may alter routes or states
-	digests []mesh.Item // what Items last returned
-	fresh   uint64      // changes when that was
+	digests []mesh.Item // what Items last returned, by key; nil: to be made anew
+	dirty   []uint64    // keys of what changed since then
 	started time.Time   // the first and the last time that Reach was told
 	now     time.Time
 	foreign map[mesh.RunID]*foreignRun
@@ -220,7 +221,7 @@ func (t *Topology) storeLocked(e *entry, r *record) {
 			for page, p := range e.pages {
 				if p.epoch.Compare(r.epoch) < 0 {
 					delete(e.pages, page)
-					delete(t.byKey, p.id.key())
+					t.removeLocked(p)
 				}
 			}
 		}
@@ -228,8 +229,17 @@ func (t *Topology) storeLocked(e *entry, r *record) {
 	} else {
 		e.pages[r.id.page] = r
 	}
-	t.byKey[r.id.key()] = r
+	key := r.id.key()
+	t.byKey[key] = r
+	t.dirty = append(t.dirty, key)
 	t.changes++
+}
+
+// removeLocked takes a record out of the index.
+func (t *Topology) removeLocked(r *record) {
+	key := r.id.key()
+	delete(t.byKey, key)
+	t.dirty = append(t.dirty, key)
 }
 
 // Merge takes in what another peer passed on and returns what of it was new here, and what we had to
@@ -310,7 +320,7 @@ func (t *Topology) entryLocked(name mesh.PeerName) *entry {
 // dropLocked forgets all records of a peer.
 func (t *Topology) dropLocked(e *entry) {
 	for _, r := range e.records() {
-		delete(t.byKey, r.id.key())
+		t.removeLocked(r)
 	}
 	e.base = nil
 	clear(e.pages)
@@ -400,27 +410,39 @@ func (t *Topology) secondLocked(r *record) bool {
 
 func (t *Topology) uptimeLocked() uint32 { return uint32(t.now.Sub(t.started) / time.Second) }
 
-// Items lists the records for anti-entropy. Nobody may change the list.
+// Items lists the records for anti-entropy, by key. Nobody may change the list. While much changes it is asked
+// for after nearly every change, so a few changes are worked into a copy of the last list.
 func (t *Topology) Items() []mesh.Item {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.digests != nil && t.fresh == t.changes {
-		return t.digests
+	byKey := func(a, b mesh.Item) int { return cmp.Compare(a.Key, b.Key) }
+	switch {
+	case t.digests == nil || len(t.dirty) > len(t.digests)/8:
+		out := make([]mesh.Item, 0, len(t.byKey))
+		for _, r := range t.byKey {
+			if !t.peers[r.id.peer].hidden {
+				out = append(out, r.cachedItem())
+			}
+		}
+		slices.SortFunc(out, byKey)
+		t.digests = out
+	case len(t.dirty) > 0:
+		slices.Sort(t.dirty)
+		out, old := make([]mesh.Item, 0, len(t.digests)+len(t.dirty)), t.digests
+		for _, key := range slices.Compact(t.dirty) {
+			at, found := slices.BinarySearchFunc(old, mesh.Item{Key: key}, byKey)
+			out, old = append(out, old[:at]...), old[at:]
+			if found {
+				old = old[1:]
+			}
+			if r := t.byKey[key]; r != nil && !t.peers[r.id.peer].hidden {
+				out = append(out, r.cachedItem())
+			}
+		}
+		t.digests = append(out, old...)
 	}
-	out := make([]mesh.Item, 0, len(t.byKey))
-	for _, e := range t.peers {
-		if e.hidden {
-			continue
-		}
-		if e.base != nil {
-			out = append(out, e.base.cachedItem())
-		}
-		for _, p := range e.pages {
-			out = append(out, p.cachedItem())
-		}
-	}
-	t.digests, t.fresh = out, t.changes
-	return out
+	t.dirty = t.dirty[:0]
+	return t.digests
 }
 
 // Encode writes the records with those keys as deltas of at most limit bytes each.
@@ -581,9 +603,8 @@ func (t *Topology) Reach(now time.Time, limit Patience, reachable func(mesh.Peer
 				state = Gone
 				delete(t.peers, name)
 				for _, r := range e.records() {
-					delete(t.byKey, r.id.key())
+					t.removeLocked(r)
 				}
-				t.digests = nil
 			}
 		}
 		if e.hidden != hidden {

@@ -607,3 +607,57 @@ func TestSuspend(t *testing.T) {
 		}
 	}
 }
+
+// The list of records that is kept up with every change is the one that a look at all records gives.
+func TestItemsKeepUp(t *testing.T) {
+	rng := rand.New(rand.NewPCG(1, 2))
+	const n = 60
+	us := newTopology(newPeer(0))
+	others := make([]*Topology, n)
+	now, gone := t0, Patience{Suspect: time.Second, Gone: time.Minute}
+	away := map[mesh.PeerName]bool{}
+	worked := 0 // how often the last list was carried on
+	for step := range 5000 {
+		switch i := 1 + rng.IntN(n-1); rng.IntN(10) {
+		case 0: // another run
+			p := newPeer(i)
+			p.Run = mesh.RunID(10_000 + step)
+			others[i] = newTopology(p)
+			merge(t, us, all(others[i]))
+		case 1:
+			away[pn(i)] = !away[pn(i)]
+		case 2:
+			now = now.Add(time.Duration(rng.IntN(20)) * time.Second)
+			us.Reach(now, gone, func(p mesh.PeerName) bool { return !away[p] })
+		case 3:
+			us.SetLinks([]PeerLink{linkTo(i, time.Millisecond)})
+		default:
+			if others[i] == nil {
+				others[i] = newTopology(newPeer(i))
+			}
+			var links []PeerLink
+			for range rng.IntN(50) {
+				if to := rng.IntN(n); to != i {
+					links = append(links, linkTo(to, time.Millisecond))
+				}
+			}
+			others[i].SetLinks(links)
+			merge(t, us, all(others[i]))
+		}
+		if rng.IntN(3) == 0 {
+			continue // several changes at once
+		}
+		if us.digests != nil && len(us.dirty) > 0 && len(us.dirty) <= len(us.digests)/8 {
+			worked++
+		}
+		got := us.Items()
+		us.digests = nil
+		if want := us.Items(); !slices.Equal(got, want) {
+			t.Fatalf("step %d: %d items, want %d", step, len(got), len(want))
+		}
+	}
+	t.Logf("%d of the lists were carried on", worked)
+	if worked < 1000 {
+		t.Errorf("only %d lists were carried on", worked)
+	}
+}

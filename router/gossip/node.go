@@ -511,7 +511,8 @@ func (n *Node) handleSync(from mesh.PeerName, body []byte) {
 	if out.data != nil {
 		if news := n.merge(n.tables[out.ch], out.ch, from, out.data); len(news) > 0 {
 			n.state.hint = true
-			n.state.again[from] = now.Add(syncAgain)
+			n.state.brought += len(news)
+			n.state.again[from] = now.Add(n.syncPause())
 		}
 	}
 	n.state.syncCredit = min(n.state.syncCredit+syncRate*now.Sub(n.state.syncAt).Seconds(), syncBurst)

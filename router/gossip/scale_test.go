@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"runtime"
 	"slices"
 	"syscall"
@@ -25,23 +26,38 @@ func TestScale(t *testing.T) {
 		t.Skip("needs -peers")
 	}
 	synctest.Test(t, func(t *testing.T) {
-		tables := map[int]*setTable{}
+		tables, base := map[int]*setTable{}, newSetTable()
+		own := func(t *setTable, i int) {
+			for k := range 20 {
+				t.add(fmt.Sprintf("%d endpoint %d with a name and an address or two", i, k))
+			}
+		}
+		if *convergedFlag {
+			for i := range n {
+				own(base, i)
+			}
+		}
 		c := simnet.NewCluster(t, simnet.Options{
 			Seed: max(*seedFlag, 1),
-			Config: func(_ int, cfg *gossip.Config) {
+			Config: func(i int, cfg *gossip.Config) {
 				cfg.ConnLimit, cfg.RoutesPause = *linksFlag, time.Duration(n)*time.Millisecond
+				cfg.Self.ShortID = mesh.ShortID(i + 1)
 			},
 			Prepare: func(i int, node *gossip.Node) {
-				tables[i] = newSetTable()
-				for k := range 20 {
-					tables[i].add(fmt.Sprintf("%d endpoint %d with a name and an address or two", i, k))
+				if tables[i] = above(base); !*convergedFlag {
+					own(tables[i], i)
 				}
 				node.AddTable(mesh.ChanNames, tables[i])
 			},
 		})
 		defer c.Stop()
+		c.Net.SetSlot(time.Millisecond / 2)
 		mark, kinds := meter(c), kindMeter(t, c)
-		c.StartAll(n)
+		if *convergedFlag {
+			preload(t, c, n, *linksFlag)
+		} else {
+			c.StartAll(n)
+		}
 		whole := func() error {
 			for i := range tables {
 				if got := tables[i].len(); got < 20*n {
@@ -61,9 +77,11 @@ func TestScale(t *testing.T) {
 		})
 		t.Logf("%d peers, cold start: %v; %s", n, took, mark())
 		kinds()
-		time.Sleep(30 * time.Second)
-		mark()
-		kinds()
+		for range *restFlag / (30 * time.Second) { // memberlist goes on telling who has joined
+			time.Sleep(30 * time.Second)
+			t.Logf("afterwards: %s", mark())
+			kinds()
+		}
 		time.Sleep(30 * time.Second)
 		t.Logf("idle: %s", mark())
 		kinds()
@@ -104,6 +122,35 @@ func TestScale(t *testing.T) {
 		t.Logf("half/half cut for 45 s, whole after: %v; %s", c.Until("heal", 5*time.Minute, whole), mark())
 		t.Logf("%+v", c.Net.Stats())
 	})
+}
+
+// preload builds a mesh that has been whole for a while: every peer has its links, and knows all peers and links. What
+// memberlist knows it is told as soon as it runs.
+func preload(t *testing.T, c *simnet.Cluster, n, links int) {
+	for i := range n {
+		c.Build(i)
+	}
+	rng, now := rand.New(rand.NewPCG(max(*seedFlag, 1), 6)), time.Now()
+	for _, step := range rng.Perm(n/2 - 1)[:links/2] {
+		for i := range n {
+			c.Net.Join(c.Peers[i].Host, c.Peers[(i+step+1)%n].Host)
+		}
+	}
+	var all [][]byte
+	for _, p := range c.Peers {
+		all = append(all, p.Node.Preload(now)...)
+	}
+	for _, p := range c.Peers {
+		for _, delta := range all {
+			if _, err := p.Node.Topology().Merge(p.Name, delta); err != nil {
+				t.Fatal(err)
+			}
+		}
+		p.Node.Routes().Store(p.Node.Topology().Routes())
+	}
+	for _, p := range c.Peers {
+		c.Run(p)
+	}
 }
 
 // meter returns a function that says what was spent since it was last called, per peer.

@@ -21,6 +21,9 @@ var (
 	cutFlag   = flag.Duration("cut", 3*time.Hour, "how long TestForgottenHalves keeps the halves apart")
 	linksFlag = flag.Int("links", 200, "the limit on links of a peer in TestScale")
 	peersFlag = flag.Int("peers", 0, "run TestScale with so many peers")
+	restFlag  = flag.Duration("rest", 30*time.Second, "how long TestScale waits before it looks at idle peers")
+
+	convergedFlag = flag.Bool("converged", false, "TestScale begins with a mesh in which everybody knows everything")
 )
 
 // seeds runs a simulation in a bubble of its own for every seed.
@@ -462,6 +465,35 @@ func TestConnLimit(t *testing.T) {
 		}
 		if s := c.Net.Stats(); s.Loops != 0 {
 			t.Errorf("%d messages went round in circles", s.Loops)
+		}
+	})
+}
+
+// A mesh with fewer links than peers is quiet when nothing happens. Once a doubt about a neighbour of the receiver cost the
+// probe in the same packet, who did not answer was doubted in turn, and that never ended: 100 peers sent 14 to
+// 52 kB/s each.
+func TestQuiet(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const n = 100
+		c := simnet.NewCluster(t, simnet.Options{Seed: 1, Config: func(_ int, cfg *gossip.Config) { cfg.ConnLimit = 20 }})
+		defer c.Stop()
+		c.StartAll(n)
+		c.Until("whole", 30*time.Second, func() error { return simnet.Whole(c.Peers) })
+		c.Kill(n - 1) // something to doubt
+		time.Sleep(time.Minute)
+		sent := func() (sum uint64) {
+			for _, p := range c.Peers[:n-1] {
+				bytes, _ := p.Host.Traffic()
+				sum += bytes
+			}
+			return sum
+		}
+		before := sent()
+		time.Sleep(30 * time.Second)
+		each := (sent() - before) / 30 / (n - 1)
+		t.Logf("%d bytes a second and peer", each)
+		if each > 500 {
+			t.Errorf("an idle peer sends %d bytes a second, limit 500", each)
 		}
 	})
 }

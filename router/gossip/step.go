@@ -23,7 +23,9 @@ const (
 	checkPause   = 3 * time.Second        // between looks for peers that are no members
 
 	syncEvery = 2 * time.Second        // between comparisons with a random peer
-	syncAgain = 200 * time.Millisecond // after one that brought something
+	syncAgain = 200 * time.Millisecond // after one that brought something,
+	syncMore  = time.Millisecond / 2   // and this for every peer, unless
+	syncLot   = 16 << 10               // so many bytes came: there is likely to be more
 	lackPause = time.Second            // between such that are due to a missing key alone
 	syncRate  = 2000                   // messages a second in answer to comparisons
 	syncBurst = 500
@@ -39,6 +41,7 @@ type loopState struct {
 	published time.Time
 	burst     time.Duration // how long to wait after published
 	settled   time.Time     // until when damping has been looked at
+	looked    time.Time     // when that was
 	changes   uint64        // of the topology, when routes were computed last
 	computed  time.Time
 	pause     time.Duration
@@ -51,6 +54,7 @@ type loopState struct {
 	hint      bool // others should compare with us
 	hinted    time.Time
 	again     map[mesh.PeerName]time.Time // whom to compare with again
+	brought   int                         // bytes of news that comparisons brought since hinted
 	conflict  time.Time
 	lacked    time.Time // when a key was missing last
 	flags     []router.PeerFlags
@@ -156,8 +160,13 @@ func (n *Node) publish(now time.Time) {
 	if now.Sub(s.published) >= publishQuiet {
 		s.burst = 0
 	}
+	settles := false
 	n.mu.Lock()
-	if s.publish || s.lazy && now.Sub(s.published) >= publishLazy || n.book.settles(s.settled, now) {
+	if now.Sub(s.looked) >= publishPause {
+		s.looked = now
+		settles = n.book.settles(s.settled, now)
+	}
+	if s.publish || s.lazy && now.Sub(s.published) >= publishLazy || settles {
 		if now.Sub(s.published) < s.burst {
 			n.mu.Unlock()
 			return
@@ -289,8 +298,8 @@ func (n *Node) compare(now time.Time) {
 		}
 	}
 	slices.SortFunc(with, mesh.PeerName.Compare)
-	if s.hint && now.Sub(s.hinted) >= syncAgain {
-		s.hint, s.hinted = false, now
+	if s.hint && now.Sub(s.hinted) >= n.syncPause() {
+		s.hint, s.hinted, s.brought = false, now, 0
 		with = append(with, draw(peers, spreadFanout, n.rng)...)
 	}
 	if now.Sub(s.synced) >= syncEvery && len(peers) > 0 {
@@ -304,6 +313,15 @@ func (n *Node) compare(now time.Time) {
 	for _, p := range slices.Compact(with) {
 		_ = n.send(p, m)
 	}
+}
+
+// syncPause is how long to wait after a comparison that brought something. In a large mesh that changes most of what
+// differs comes as a rumour by itself.
+func (n *Node) syncPause() time.Duration {
+	if n.state.brought >= syncLot {
+		return syncAgain
+	}
+	return syncAgain + syncMore*time.Duration(len(n.routes.Load().Reachable()))
 }
 
 // dial dials what is due.

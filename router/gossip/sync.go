@@ -41,6 +41,7 @@ const (
 	keysPerMsg   = (mesh.MaxMessage - 3) / 8
 	dataHeader   = 3
 	maxSyncReply = 64 // messages in answer to one
+	gapItems     = 8  // equal entries that are listed to save a message
 )
 
 // mix is the finalizer of a 64-bit hash: every bit of the result depends on every bit of v.
@@ -73,6 +74,22 @@ func bucketsOf(items []mesh.Item, salt uint64) (out [buckets]uint32) {
 		}
 	}
 	return out
+}
+
+// byPart returns the entries part by part; part i lies between starts[i] and starts[i+1].
+func byPart(items []mesh.Item) (out []mesh.Item, starts [buckets + 1]int) {
+	for _, it := range items {
+		starts[it.Key>>56+1]++
+	}
+	for i := range buckets {
+		starts[i+1] += starts[i]
+	}
+	out, next := make([]mesh.Item, len(items)), starts
+	for _, it := range items {
+		out[next[it.Key>>56]] = it
+		next[it.Key>>56]++
+	}
+	return out, starts
 }
 
 func syncMessage(kind byte, salt uint64) []byte {
@@ -183,46 +200,35 @@ func answerBuckets(tables map[mesh.Channel]Table, salt uint64, b []byte) (out sy
 	if table == nil {
 		return out
 	}
-	items := table.Items()
-	ours := bucketsOf(items, salt)
-	var send []uint64       // keys of parts that the other lacks altogether
-	var compare []mesh.Item // entries of parts that differ
-	var differ [buckets]bool
-	lists := 0
-	for i := range buckets {
-		theirs := binary.BigEndian.Uint32(b[1+4*i:])
-		differ[i] = theirs != ours[i]
-		if differ[i] && theirs != 0 {
-			lists++
+	all := table.Items()
+	ours := bucketsOf(all, salt)
+	items, parts := byPart(all)
+	theirs := func(i int) uint32 { return binary.BigEndian.Uint32(b[1+4*i:]) }
+	// What there is no room for is left for the next time, so another part is the first each time.
+	start := int(salt % buckets)
+	var send []uint64 // keys of parts that the other lacks altogether
+	for k := range buckets {
+		if i := (start + k) % buckets; theirs(i) == 0 {
+			for _, it := range items[parts[i]:parts[i+1]] {
+				send = append(send, it.Key)
+			}
 		}
 	}
-	for _, it := range items {
-		i := it.Key >> 56
-		switch {
-		case !differ[i]:
-		case binary.BigEndian.Uint32(b[1+4*i:]) == 0:
-			send = append(send, it.Key)
-		default:
-			compare = append(compare, it)
-		}
-	}
-	slices.SortFunc(compare, func(x, y mesh.Item) int { return cmp.Compare(x.Key, y.Key) })
-	for i := 0; i < buckets && lists > 0; i++ {
-		if !differ[i] || binary.BigEndian.Uint32(b[1+4*i:]) == 0 {
+	for i := 0; i < buckets; i++ {
+		if theirs(i) == ours[i] || theirs(i) == 0 {
 			continue
 		}
-		// Neighbouring parts that differ share a message as long as it has room.
+		// Parts that differ share a message, with what lies between if that is little.
 		last := i
-		for last+1 < buckets && differ[last+1] && binary.BigEndian.Uint32(b[1+4*(last+1):]) != 0 {
-			last++
+		for k := i + 1; k < buckets && parts[k]-parts[last+1] <= gapItems && (theirs(k) != 0 || ours[k] == 0); k++ {
+			if theirs(k) != ours[k] {
+				last = k
+			}
 		}
 		first, end := uint64(i)<<56, uint64(last)<<56|(1<<56-1)
-		n := 0
-		for n < len(compare) && compare[n].Key <= end {
-			n++
-		}
-		out.replies = append(out.replies, itemsMessages(ch, salt, first, end, compare[:n])...)
-		compare = compare[n:]
+		list := items[parts[i]:parts[last+1]]
+		slices.SortFunc(list, func(x, y mesh.Item) int { return cmp.Compare(x.Key, y.Key) })
+		out.replies = append(out.replies, itemsMessages(ch, salt, first, end, list)...)
 		i = last
 	}
 	out.replies = append(out.replies, dataMessages(ch, table, send)...)

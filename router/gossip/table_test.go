@@ -11,6 +11,7 @@ import (
 
 // setTable is the simplest replicated table: a set of short strings that only grows.
 type setTable struct {
+	base    *setTable // what everybody has from the beginning; nil: nothing. It does not change any more
 	mu      sync.Mutex
 	entries map[uint64]string
 	items   []mesh.Item
@@ -26,6 +27,11 @@ func (t *setTable) putLocked(k uint64, s string) {
 }
 
 func newSetTable() *setTable { return &setTable{entries: map[uint64]string{}} }
+
+// above is a table that has all of base, which it shares.
+func above(base *setTable) *setTable {
+	return &setTable{base: base, entries: map[uint64]string{}, items: base.items[:len(base.items):len(base.items)]}
+}
 
 func key(s string) uint64 {
 	h := fnv.New64a()
@@ -48,7 +54,16 @@ func (t *setTable) add(s string) []byte {
 func (t *setTable) len() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return len(t.entries)
+	return len(t.items)
+}
+
+// getLocked finds an entry.
+func (t *setTable) getLocked(k uint64) (string, bool) {
+	s, ok := t.entries[k]
+	if !ok && t.base != nil {
+		s, ok = t.base.entries[k]
+	}
+	return s, ok
 }
 
 func (t *setTable) Merge(_ mesh.PeerName, delta []byte) (news []byte, err error) {
@@ -60,7 +75,7 @@ func (t *setTable) Merge(_ mesh.PeerName, delta []byte) (news []byte, err error)
 		}
 		n := 2 + int(binary.BigEndian.Uint16(delta))
 		s := string(delta[2:n])
-		if _, ok := t.entries[key(s)]; !ok {
+		if _, ok := t.getLocked(key(s)); !ok {
 			t.putLocked(key(s), s)
 			news = append(news, delta[:n]...)
 		}
@@ -80,7 +95,7 @@ func (t *setTable) Encode(keys []uint64, limit int) (out [][]byte) {
 	defer t.mu.Unlock()
 	var b []byte
 	for _, k := range keys {
-		s, ok := t.entries[k]
+		s, ok := t.getLocked(k)
 		if !ok {
 			continue
 		}

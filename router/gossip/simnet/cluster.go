@@ -83,6 +83,25 @@ func AddrOf(i int) netip.AddrPort {
 // Start starts peer i, or starts it again as another run, with targets to dial.
 func (c *Cluster) Start(i int, targets ...int) *Peer {
 	c.t.Helper()
+	p := c.Build(i, targets...)
+	c.Run(p)
+	return p
+}
+
+// Run lets a peer that was built run.
+func (c *Cluster) Run(p *Peer) {
+	ctx, stop := context.WithCancel(c.ctx)
+	p.stop = stop
+	c.wg.Go(func() {
+		if err := p.Node.Run(ctx); err != nil {
+			c.t.Errorf("peer %d: %v", p.Number, err)
+		}
+	})
+}
+
+// Build is Start but for running: links that the peer gets wait, as do messages.
+func (c *Cluster) Build(i int, targets ...int) *Peer {
+	c.t.Helper()
 	for len(c.Peers) <= i {
 		c.Peers = append(c.Peers, nil)
 	}
@@ -123,13 +142,7 @@ func (c *Cluster) Start(i int, targets ...int) *Peer {
 	if err := node.Connect(texts, false); err != nil {
 		c.t.Fatal(err)
 	}
-	ctx, stop := context.WithCancel(c.ctx)
-	c.wg.Go(func() {
-		if err := node.Run(ctx); err != nil {
-			c.t.Errorf("peer %d: %v", i, err)
-		}
-	})
-	p := &Peer{i, cfg.Self.Name, node, host, stop}
+	p := &Peer{Number: i, Name: cfg.Self.Name, Node: node, Host: host, stop: func() {}}
 	c.Peers[i] = p
 	return p
 }
@@ -148,6 +161,12 @@ func (c *Cluster) StartAll(n int) {
 // Kill takes peer i away without a goodbye.
 func (c *Cluster) Kill(i int) {
 	c.Peers[i].Host.Kill()
+	c.Peers[i].stop()
+}
+
+// Leave takes peer i away with a goodbye.
+func (c *Cluster) Leave(i int) {
+	c.Peers[i].Host.Leave()
 	c.Peers[i].stop()
 }
 

@@ -45,6 +45,7 @@ var (
 	errLinked  = errors.New("already linked at another address")
 	errSelf    = errors.New("this address is this peer itself")
 	errDead    = errors.New("no longer answering")
+	errLeft    = errors.New("the peer said goodbye")
 	errSize    = errors.New("message too long")
 )
 
@@ -63,6 +64,7 @@ type Net struct {
 	late  float64
 	delay time.Duration
 	vary  time.Duration
+	slot  time.Duration
 	stats Stats
 	kinds map[[2]byte]Count
 }
@@ -179,7 +181,14 @@ func (n *Net) Run(ctx context.Context) error {
 
 func (n *Net) afterLocked(d time.Duration, do func(now time.Time)) {
 	n.seq++
-	heap.Push(&n.queue, event{time.Now().Add(d), n.seq, do})
+	at := time.Now().Add(d)
+	if n.slot > 0 {
+		at = at.Add(n.slot - 1).Truncate(n.slot)
+	}
+	heap.Push(&n.queue, event{at, n.seq, do})
+	if n.queue[0].seq != n.seq {
+		return // it is not the next one
+	}
 	select {
 	case n.wake <- struct{}{}:
 	default:
@@ -220,13 +229,29 @@ func (h *Host) Kill() {
 	if h.dead {
 		return
 	}
-	h.dead = true
-	if n.hosts[h.addr] == h {
-		delete(n.hosts, h.addr)
-	}
+	h.goneLocked()
 	for _, name := range slices.SortedFunc(maps.Keys(h.links), mesh.PeerName.Compare) {
 		n.watchLocked(h.links[name])
 	}
+}
+
+func (h *Host) goneLocked() {
+	h.dead = true
+	if h.net.hosts[h.addr] == h {
+		delete(h.net.hosts, h.addr)
+	}
+}
+
+// Leave takes the peer away after it said goodbye to its neighbours, as a daemon does that is stopped.
+func (h *Host) Leave() {
+	n := h.net
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, name := range slices.SortedFunc(maps.Keys(h.links), mesh.PeerName.Compare) {
+		l := h.links[name]
+		n.afterLocked(n.delay, func(time.Time) { n.end(l, errLeft) })
+	}
+	h.goneLocked()
 }
 
 // Cut stops datagrams between two addresses.
@@ -295,6 +320,14 @@ func (n *Net) SetDelay(delay, vary time.Duration) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.delay, n.vary = delay, vary
+}
+
+// SetSlot has everything happen at whole multiples of slot, a little late: a large mesh takes less of the processor
+// when it wakes for many datagrams at once.
+func (n *Net) SetSlot(slot time.Duration) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.slot = slot
 }
 
 // Stats returns what happened so far.
@@ -433,6 +466,9 @@ func (h *Host) Dial(addr netip.AddrPort) {
 	}
 	n.afterLocked(3*n.delay, try)
 }
+
+// Join links two hosts at once, as if the first had dialled.
+func (n *Net) Join(from, to *Host) { n.join(from, to) }
 
 func (n *Net) join(from, to *Host) {
 	fail := func(err error) {
