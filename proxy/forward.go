@@ -268,7 +268,7 @@ func (r *reply) send(w http.ResponseWriter) {
 }
 
 // call asks the daemon something, in the API version of the client's request. An answer has at most
-// 16 MiB.
+// maxAnswer bytes.
 func (b *backend) call(ctx context.Context, method, path string) (*reply, error) {
 	req, err := http.NewRequestWithContext(ctx, method, "http://docker"+path, nil)
 	if err != nil {
@@ -283,12 +283,12 @@ func (b *backend) call(ctx context.Context, method, path string) (*reply, error)
 		return nil, fmt.Errorf("%w: %w", errAway, err)
 	}
 	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxBody+1))
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errAway, err)
 	}
-	if len(body) > maxBody {
-		err = fmt.Errorf("the daemon's answer to %s %s has more than %d bytes", method, path, maxBody)
+	if len(body) > maxAnswer {
+		err = fmt.Errorf("the daemon's answer to %s %s has more than %d bytes", method, path, maxAnswer)
 	}
 	return &reply{resp.StatusCode, resp.Header, body}, err
 }

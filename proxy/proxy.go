@@ -17,8 +17,11 @@ import (
 )
 
 const (
-	// maxBody bounds a body that is decoded, in bytes; Docker's own creates have a few kilobytes.
-	maxBody = 16 << 20
+	// maxBody bounds a request body that is decoded, in bytes. While it is, it takes some seven times its size. Docker's own
+	// creates have a few kilobytes, and a process can have 6 MiB of arguments and environment at most (execve(2)).
+	maxBody = 6 << 20
+	// maxAnswer bounds an answer of the daemon's that is decoded.
+	maxAnswer = 16 << 20
 	// attachTimeout bounds how long start waits for an address and an interface.
 	attachTimeout = 2 * time.Minute
 	attachAgain   = time.Second
