@@ -244,7 +244,7 @@ func TestContainersPretend(t *testing.T) {
 	} {
 		t.Run(x.name, func(t *testing.T) {
 			inKernel := x.name != "Nftables"
-			w := newWorld(t, 2, 60*time.Second)
+			w := newWorld(t, 2, scaled(time.Minute, 2*time.Minute))
 			h1, h2 := w.Host(1), w.Host(2)
 			w.launchWith(h1, x.env, x.options...)
 			w.launchWith(h2, x.env, append(x.options[:len(x.options):len(x.options)], h1.Addr.String())...)
@@ -342,9 +342,104 @@ func TestContainersPretend(t *testing.T) {
 					t.Errorf("the status does not name the one that pretends: %v\n%s", err, out)
 				}
 			}
+			w.spoof(h1, a, v1, v2, f, macs, inKernel)
 			w.flood(h1, h2, a, v1, v2, f, inKernel)
 		})
 	}
+}
+
+// spoof is L1: 1,000 times a second, for a second or in the long run a minute, the attacker says of a neighbour and of the
+// gateway that they are where it is, by ARP and ND, to one victim and to all. The victims' tables are looked at all the
+// while.
+func (w *world) spoof(h1 *lab.Host, a, v1, v2 *member, f *lab.Frames, macs map[*member][]byte, counted bool) {
+	w.t.Helper()
+	_, err := h1.Must(w.ctx, "expose", "10.2.1.254/24")
+	w.try(err)
+	gateway := &member{addr: netip.MustParseAddr("10.2.1.254")}
+	bridge, err := h1.ReadFile("/sys/class/net/mesh/address")
+	w.try(err)
+	at, err := net.ParseMAC(strings.TrimSpace(string(bridge)))
+	w.try(err)
+	known := map[*member]string{v1: net.HardwareAddr(macs[v1]).String(), v2: net.HardwareAddr(macs[v2]).String(), gateway: at.String()}
+	for _, v := range []*member{v1, v2} {
+		_, err := v.WaitPing(w.ctx, gateway.addr, 5*time.Second)
+		w.try(err)
+	}
+	w.pings(v1, v2, 1, 56)
+	caught := func() (n uint64) {
+		r, err := h1.Report(w.ctx)
+		w.try(err)
+		for _, o := range r.Router.Offences {
+			if o.Reason == "arp" || o.Reason == "neighbour" {
+				n += o.Frames
+			}
+		}
+		return n
+	}
+	own, own6 := macs[a], linkLocal(macs[a])
+	var lies [][]byte
+	for _, victim := range []*member{v1, v2} {
+		for _, of := range []*member{v1, v2, gateway} {
+			if of == victim {
+				continue
+			}
+			for _, dst := range [][]byte{macs[victim], bytes.Repeat([]byte{0xff}, 6)} {
+				lies = append(lies, ether(dst, own, 0x806, arp(2, own, of.addr, macs[victim], victim.addr)...),
+					ether(dst, own, 0x806, arp(1, own, of.addr, make([]byte, 6), of.addr)...))
+			}
+			mac, err := net.ParseMAC(known[of])
+			w.try(err)
+			target := linkLocal(mac)
+			lies = append(lies, ether(macs[victim], own, 0x86dd, ip6(own6, linkLocal(macs[victim]), 58,
+				icmp6(own6, linkLocal(macs[victim]), 136, slices.Concat([]byte{0x20, 0, 0, 0}, target.AsSlice(), []byte{2, 1}, own)...))...))
+		}
+	}
+	before, looks, sent := caught(), 0, 0
+	length := scaled(time.Second, time.Minute)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		tick := time.NewTicker(10 * time.Millisecond)
+		defer tick.Stop()
+		for start := time.Now(); time.Since(start) < length; <-tick.C {
+			for due := int(time.Since(start) / time.Millisecond); sent < due; sent++ {
+				_ = f.Send(lies[sent%len(lies)])
+			}
+		}
+	}()
+	look := func() {
+		for _, victim := range []*member{v1, v2} {
+			out, err := victim.Out(w.ctx, "ip", "neigh", "show", "dev", "ethmesh")
+			w.try(err)
+			for line := range strings.Lines(out) {
+				for of, mac := range known {
+					if strings.HasPrefix(line, of.addr.String()+" ") && strings.Contains(line, "lladdr") && !strings.Contains(line, mac) {
+						w.t.Errorf("%s believes: %s", victim.Name, line)
+					}
+				}
+				if strings.Contains(line, net.HardwareAddr(own).String()) && !strings.HasPrefix(line, a.addr.String()+" ") && !strings.HasPrefix(line, own6.String()+" ") {
+					w.t.Errorf("%s believes the attacker: %s", victim.Name, line)
+				}
+			}
+			looks++
+		}
+	}
+	for running := true; running && !w.t.Failed(); {
+		look()
+		select {
+		case <-done:
+			running = false
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+	<-done
+	look()
+	w.t.Logf("%d lies about neighbours in %v, %d looks at the victims' tables; %d counted", sent, length, looks, caught()-before)
+	if n := caught() - before; counted && n < uint64(sent) {
+		w.t.Errorf("of %d lies %d are on the attacker's account", sent, n)
+	}
+	_, err = h1.Must(w.ctx, "hide", "10.2.1.254/24")
+	w.try(err)
 }
 
 // flood is L5, L6 and L9: many MACs, many broadcasts, and frames of all sizes.

@@ -340,7 +340,7 @@ func TestHandshakeFlood(t *testing.T) {
 			}
 		}
 	}()
-	start := time.Now()
+	start, busy := time.Now(), w.usage(h1).cpu
 	var took []time.Duration
 	for run := range runs {
 		if run > 0 {
@@ -353,12 +353,17 @@ func TestHandshakeFlood(t *testing.T) {
 		took = append(took, time.Since(launched))
 	}
 	rate := float64(sent.Load()) / time.Since(start).Seconds()
+	cores := (w.usage(h1).cpu - busy).Seconds() / time.Since(start).Seconds()
 	cancel()
 	<-done
 	slices.Sort(took)
 	at := func(percent int) time.Duration { return took[(runs-1)*percent/100].Round(time.Millisecond) }
 	t.Logf("%.0f handshakes a second; %d joins, after %v at best, %v, %v, %v and %v in 50, 90, 99 and all of a hundred",
 		rate, runs, at(0), at(50), at(90), at(99), at(100))
+	t.Logf("meanwhile meshd took %.2f cores", cores)
+	if cores >= 1 {
+		t.Errorf("the flood costs %.2f cores", cores)
+	}
 	w.within("join during the flood", took[runs-1-runs/100], 5*time.Second)
 	r, err := h1.Report(w.ctx)
 	w.try(err)
