@@ -13,7 +13,7 @@ SLOW     := meshd/integration/...
 # Time that one fuzz target gets in make fuzz.
 FUZZTIME ?= 20s
 
-.PHONY: help build demo deps test test-root test-long integration race fuzz bench bench-quick bench-deps test-kernels check check-generated generate install uninstall clean need-root
+.PHONY: help build demo deps test test-root test-long integration race fuzz bench bench-quick bench-deps test-kernels test-clock check check-generated generate install uninstall clean need-root
 
 help:
 	@echo 'make build        bin/meshd and bin/meshctl, static'
@@ -24,6 +24,7 @@ help:
 	@echo 'make test-long    make test with long simulations, larger volumes, races and fuzzing'
 	@echo 'make race, make fuzz'
 	@echo 'make test-kernels the kernel path in other kernels, under qemu (root; fetches Debian packages)'
+	@echo 'make test-clock   two hosts whose clock is set from 1970 to 2038 and back, under qemu (the same)'
 	@echo 'make bench        the mesh measured beside other networks; make bench-quick, each for a moment;'
 	@echo '                  make bench-deps installs the others (root)'
 	@echo 'make check        format, vet, staticcheck, import directions, generated files'
@@ -75,9 +76,12 @@ test-long: need-root deps race fuzz
 	set -x; MESHD_LONG=1 $(GO) test -timeout 90m -count=1 $$($(GO) list ./... | grep -v '^meshd/integration')
 	set -x; MESHD_LONG=1 $(GO) test -timeout 90m -count=1 -p 1 $(SLOW)
 
-test-kernels: NEEDED += qemu-system-x86_64:qemu-system-x86 depmod:kmod cpio:cpio xz:xz-utils
+test-kernels test-clock: NEEDED += qemu-system-x86_64:qemu-system-x86 depmod:kmod cpio:cpio xz:xz-utils
 test-kernels: need-root deps
 	fastdp/kernels/run.sh $(KERNELS)
+
+test-clock: need-root deps
+	fastdp/kernels/run.sh -q '-rtc base=1970-01-01' -s integration/clock.sh 6.12
 
 race:
 	set -x; CGO_ENABLED=1 $(GO) test -race -short -timeout 30m $$($(GO) list ./... | grep -v '^meshd/integration')

@@ -273,7 +273,7 @@ func become(meshd string, args []string, password string, environ []string) erro
 		if err != nil {
 			return err
 		}
-		argv = append(argv, fmt.Sprintf("--password-file=/dev/fd/%d", fd))
+		argv = append(argv, fmt.Sprintf("--password-file=/proc/self/fd/%d", fd))
 	}
 	return fmt.Errorf("%s: %w", meshd, syscall.Exec(meshd, append(argv, args...), environ))
 }
@@ -297,7 +297,7 @@ func (a *app) startAndWait(ctx context.Context, meshd string, args []string, l l
 		}
 		defer r.Close()
 		cmd.ExtraFiles = []*os.File{r}
-		cmd.Args = append(cmd.Args, "--password-file=/dev/fd/3") // ExtraFiles start at 3
+		cmd.Args = append(cmd.Args, "--password-file=/proc/self/fd/3") // ExtraFiles start at 3; /dev/fd is not everywhere
 	}
 	cmd.Args = append(cmd.Args, args...)
 	cmd.Env = a.environ()

@@ -50,7 +50,7 @@ func readPassword(o *options, env environment) (string, error) {
 	return p, err
 }
 
-// passwordFrom reads a file, or the pipe that "meshctl launch" names as /dev/fd/N. One line end at
+// passwordFrom reads a file, or the pipe that "meshctl launch" names as /proc/self/fd/N. One line end at
 // the end is dropped, for editors add it. An empty file is an error, never "no password".
 func passwordFrom(path string) (string, error) {
 	f, err := os.Open(path)

@@ -1,9 +1,11 @@
 #!/bin/bash
 # Boots kernels under qemu and runs the tests of fastdp in them.
 #
-#	kernels/run.sh [-r REGEX] [-a APPEND] [VERSION...]
+#	kernels/run.sh [-r REGEX] [-a APPEND] [-s SCRIPT] [-q ARGUMENTS] [VERSION...]
 #
 # REGEX chooses the tests; the default leaves out those that need a machine which keeps time.
+# SCRIPT is run in place of the tests, with meshd and meshctl in the PATH: what needs a machine of its own. ARGUMENTS
+# are more of qemu's.
 # APPEND is added to the kernel's command line; the default locks the kernel down, so that nothing is needed that a
 # host with secure boot forbids. The kernel's own BTF is hidden, as in kernels built without it.
 # VERSION is a Debian kernel series such as 6.1 or 6.12 (the newest cloud image of that series that apt
@@ -15,12 +17,14 @@
 # Prints the test output of each kernel, then one line "kernel VERSION: ok" or "FAILED" with what of the newer
 # kernels' features was there; exit status 1 if any failed.
 set -euo pipefail
+from=$PWD
 cd "$(dirname "$0")/.."
 
 regex='TestPort|TestVxIn|TestUnderIn|TestShortWay|TestFirewall|TestLeftovers|TestHostRefuses|TestBridgeOut|TestGroupRate|TestProbe|TestScale|TestMigrate|TestLayout|TestTwoHosts|TestRelay|TestForged|TestIsolation|TestTwice|TestRemove|Fuzz'
 append=lockdown=confidentiality
-while getopts r:a: o; do
-	case $o in r) regex=$OPTARG ;; a) append=$OPTARG ;; *) exit 2 ;; esac
+script= arguments=
+while getopts r:a:s:q: o; do
+	case $o in r) regex=$OPTARG ;; a) append=$OPTARG ;; s) script=$OPTARG ;; q) arguments=$OPTARG ;; *) exit 2 ;; esac
 done
 shift $((OPTIND - 1))
 [ $# -gt 0 ] || set -- 6.1 6.12
@@ -38,7 +42,19 @@ fetch() { # prints the path of the package for a series
 	(cd "$work" && { ls "${name}"_*.deb >/dev/null 2>&1 || apt-get download -q "$name" >&2; } && ls "$PWD/${name}"_*.deb | tail -1)
 }
 
-CGO_ENABLED=0 go test -c -o "$work/fastdp.test" .
+export CGO_ENABLED=0
+programs=("$work/fastdp.test")
+if [ -n "$script" ]; then
+	case $script in /*) ;; *) script=$from/$script ;; esac
+	programs=("$work/meshd" "$work/meshctl" "$script")
+	go build -o "$work" ../cmd/meshd ../cmd/meshctl
+	run="PATH=/test:\$PATH sh ./$(basename "$script")"
+	show=cat
+else
+	go test -c -o "$work/fastdp.test" .
+	run="./fastdp.test -test.run '$regex' -test.short -test.v -test.timeout 20m"
+	show="grep -E '^ *(---|PASS|FAIL|panic)|_test.go'"
+fi
 
 boot() { # package: runs the tests in its kernel
 	local deb=$1 root version
@@ -47,7 +63,7 @@ boot() { # package: runs the tests in its kernel
 	dpkg-deb -x "$deb" "$root/deb"
 	version=$(ls "$root/deb/lib/modules")
 	mkdir -p "$root/fs"/{bin,sbin,proc,sys,dev,tmp,run,etc,test,root} "$root/fs/lib/modules/$version"
-	cp "$work/fastdp.test" "$root/fs/test/"
+	cp "${programs[@]}" "$root/fs/test/"
 	cp -r testdata bpf "$root/fs/test/"
 	cp "$(command -v busybox)" "$root/fs/bin/busybox"
 	# Tools with their libraries, at the paths where they are here.
@@ -77,19 +93,20 @@ mount -t devtmpfs dev /dev
 mount -t tmpfs tmp /tmp
 mount -t tmpfs run /run
 mkdir -p /dev/net
+echo /bin/modprobe >/proc/sys/kernel/modprobe
 [ ! -d /sys/kernel/btf ] || mount -t tmpfs none /sys/kernel/btf
 mount -t securityfs none /sys/kernel/security && echo "lockdown: \$(cat /sys/kernel/security/lockdown)"
 for m in bridge vxlan veth tun sch_ingress cls_bpf nf_tables af_packet; do modprobe \$m 2>/dev/null; done
 ip link set lo up
 cd /test
-{ ./fastdp.test -test.run '$regex' -test.short -test.v -test.timeout 20m 2>&1; echo \$? >/tmp/rc; } | grep -E '^ *(---|PASS|FAIL|panic)|_test.go'
+{ $run 2>&1; echo \$? >/tmp/rc; } | $show
 rc=\$(cat /tmp/rc)
 echo "RESULT \$rc"
 poweroff -f
 INIT
 	chmod +x "$root/fs/init"
 	(cd "$root/fs" && find . | cpio -o -H newc --quiet | gzip -1) >"$root/initrd"
-	timeout 1500 qemu-system-x86_64 -accel "${KERNELS_ACCEL:-tcg}" -cpu max -smp 2 -m 2048 -no-reboot -nodefaults -display none -serial stdio \
+	timeout 1500 qemu-system-x86_64 -accel "${KERNELS_ACCEL:-tcg}" -cpu max -smp 2 -m 2048 -no-reboot -nodefaults -display none -serial stdio $arguments \
 		-kernel "$root/deb/boot/vmlinuz-$version" -initrd "$root/initrd" -append "console=ttyS0 quiet panic=-1 $append" </dev/null | sed -u 's/\r//' | tee "$root/log"
 	local with
 	with=$(grep -o 'features: .*' "$root/log" | sed 's/^features: /; /' | tail -1 || true)
