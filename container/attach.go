@@ -127,6 +127,13 @@ func (m *Manager) attachLocked(ctx context.Context, t target, specs []mesh.AddrS
 	if r.Inode, r.Boot = inode, m.boot; t.pid != 0 {
 		r.Pid, r.HostsPath = t.pid, t.hosts
 	}
+	if !t.docker { // it may have been known by a name that is gone, or by none
+		if again, err := m.reopen(r); err != nil {
+			r.Target = t.text
+		} else {
+			again.Close()
+		}
+	}
 	if err := m.establish(ns, r); err != nil {
 		undo()
 		return Changed{}, err

@@ -101,6 +101,10 @@ func (m *Manager) detachLocked(ctx context.Context, r record, gone []netip.Prefi
 				return err
 			}
 			m.rewriteHosts(left)
+		} else if has, err := m.hasPort(r.Owner); err != nil {
+			return err
+		} else if has { // and with it the addresses, which others must not be given
+			return fmt.Errorf("%s: what names its network is gone, so it cannot lose single addresses: detach all, or attach it by another name first", r.label())
 		}
 		m.announceIfAlive(left)
 	}

@@ -42,7 +42,8 @@ type Config struct {
 	OpenNamespace func(path string) (*os.File, error)
 	// CheckOverlap reports a route of the host that a subnet would hide; nil means that nobody looks.
 	CheckOverlap func(netip.Prefix) error
-	// Reclaim is told once, early in Run, what is attached in the kernel; may be nil. Must not block for long.
+	// Reclaim is told once, early in Run, what is attached in the kernel; may be nil. Must not block for long. Until it
+	// has returned, calls that change something wait.
 	Reclaim func(live map[string][]netip.Prefix)
 	// Gone is told of an owner that will not come back; may be nil.
 	Gone func(owner string)
@@ -69,6 +70,8 @@ type Manager struct {
 	log  *slog.Logger
 	boot string // id of this boot: process ids of another one mean nothing
 
+	adopted chan struct{} // closed when Reclaim has been told
+
 	mu      sync.Mutex // guards what follows; never held during a call to a neighbour
 	records map[string]record
 	locks   map[string]*ownerLock
@@ -94,7 +97,10 @@ func New(cfg Config) (*Manager, error) {
 	}
 	m := &Manager{
 		cfg: cfg, log: cfg.Log, records: map[string]record{}, locks: map[string]*ownerLock{},
-		dead: map[string]time.Time{}, tenders: map[string]chan struct{}{},
+		dead: map[string]time.Time{}, tenders: map[string]chan struct{}{}, adopted: make(chan struct{}),
+	}
+	if cfg.Reclaim == nil {
+		close(m.adopted)
 	}
 	if id, err := os.ReadFile(cfg.ProcPath + "/sys/kernel/random/boot_id"); err == nil {
 		m.boot = strings.TrimSpace(string(id))
@@ -170,8 +176,14 @@ type ownerLock struct {
 	users int           // who hold it or wait for it
 }
 
-// lock waits until nobody else works on owner, or ctx ends.
+// lock waits until nobody else works on owner, or ctx ends. It also waits for what the kernel has to be adopted: a port
+// that is listed, and detached before its record is looked up, would be taken for one that nobody remembers.
 func (m *Manager) lock(ctx context.Context, owner string) (unlock func(), err error) {
+	select {
+	case <-m.adopted:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("wait for attached containers to be counted: %w", ctx.Err())
+	}
 	m.mu.Lock()
 	l := m.locks[owner]
 	if l == nil {

@@ -425,6 +425,79 @@ func (c *crashingStore) Put(bucket string, kv map[string][]byte) error {
 	return c.world.Put(bucket, kv)
 }
 
+// A call that comes before Run waits until what the kernel has was counted: else that could be counted which the call
+// is just taking away.
+func TestCallBeforeCount(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		m := w.manager()
+		web := w.start(1, 100, "web")
+		w.attach(m, "web", "", "10.32.0.1/28")
+		reclaimed := 0
+		cfg := w.config()
+		cfg.Reclaim = func(live map[string][]netip.Prefix) { reclaimed = len(live) }
+		m, err := New(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		short, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := m.Attach(short, Request{Target: "web"}); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("attached before the count: %v", err)
+		}
+		done := make(chan error, 1)
+		go func() {
+			_, err := m.Detach(t.Context(), "web", nil)
+			done <- err
+		}()
+		synctest.Wait()
+		if len(done) > 0 || w.ports[web].port.Owner == "" {
+			t.Error("detached before the count")
+		}
+		defer w.run(m)()
+		if err := <-done; err != nil || reclaimed != 1 {
+			t.Errorf("detach: %v; %d were counted, want 1", err, reclaimed)
+		}
+		synctest.Wait()
+		w.wantNothing(web, false)
+	})
+}
+
+// An address that cannot be taken from a namespace is not given to others. A port that was found in the kernel has no
+// name to open its namespace by; an attach gives it one.
+func TestDetachOfWhatCannotBeOpened(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		m := w.manager()
+		w.process(200)
+		target := "netns:" + filepath.Join(w.proc, "200/ns/net")
+		w.attach(m, target, "net:default", "10.32.0.1/28")
+		clear(w.stored)
+		stop := w.run(w.manager())
+		synctest.Wait() // it makes a record of what it finds
+		stop()
+		m = w.manager()
+		owner := m.all()[0].Owner
+		w.attach(m, target, "10.2.1.1/24", "10.2.1.1/24")
+		w.wantPort(owner, "10.2.1.1/24 10.32.0.1/28")
+		if _, err := m.Detach(t.Context(), target, specs(t, "10.2.1.1/24")); err != nil {
+			t.Error(err)
+		}
+		w.wantPort(owner, "10.32.0.1/28")
+
+		w.attach(m, target, "10.2.1.1/24", "10.2.1.1/24")
+		os.RemoveAll(filepath.Join(w.proc, "200")) // somebody holds it open
+		if _, err := m.Detach(t.Context(), target, specs(t, "10.2.1.1/24")); err == nil || !strings.Contains(err.Error(), "detach all") {
+			t.Errorf("detach of one address where it cannot be removed: %v", err)
+		}
+		w.wantPort(owner, "10.2.1.1/24 10.32.0.1/28")
+		if _, err := m.Detach(t.Context(), target, specs(t, "10.2.1.1/24 net:default")); err != nil {
+			t.Errorf("detach of all: %v", err)
+		}
+		w.wantNothing(owner, false)
+	})
+}
+
 // The state file is lost; the kernel remembers.
 func TestStoreLost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

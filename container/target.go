@@ -198,8 +198,13 @@ func (m *Manager) there(r record) bool {
 		return false
 	}
 	// Others may live in it without the process or path that named it: the port tells.
+	has, err := m.hasPort(r.Owner)
+	return has && err == nil
+}
+
+func (m *Manager) hasPort(owner string) (bool, error) {
 	ports, err := m.cfg.Network.Ports()
-	return err == nil && slices.ContainsFunc(ports, func(p mesh.Port) bool { return p.Owner == r.Owner })
+	return slices.ContainsFunc(ports, func(p mesh.Port) bool { return p.Owner == owner }), err
 }
 
 // locate finds the owner of what a user named. Docker is asked about names, for containers are renamed; while

@@ -93,6 +93,7 @@ func (m *Manager) adopt() error {
 	}
 	if m.cfg.Reclaim != nil {
 		m.cfg.Reclaim(live)
+		close(m.adopted)
 	}
 	for _, r := range m.all() {
 		m.tend(r.Owner)
