@@ -81,7 +81,7 @@ func TestContainersComeAndGo(t *testing.T) {
 	w.try(g.Wait())
 
 	start := time.Now()
-	c.left.Store(20_000)
+	c.left.Store(12_000)
 	if !long() {
 		c.until = start.Add(4 * time.Second)
 	}
@@ -201,7 +201,7 @@ func (c *churn) step(ctx context.Context, r *rand.Rand, gu *guest) error {
 		gu.acked = got
 	case x < 4: // once more, or it ends and comes back while its addresses are kept: they are the same
 		if x < 2 {
-			if err := c.reborn(ctx, gu); err != nil {
+			if err := c.reborn(gu); err != nil {
 				return err
 			}
 		}
@@ -215,7 +215,7 @@ func (c *churn) step(ctx context.Context, r *rand.Rand, gu *guest) error {
 	case x == 4 && long(): // it ends without a word, and another comes
 		gu.life++
 		gu.acked = nil
-		if err := c.reborn(ctx, gu); err != nil {
+		if err := c.reborn(gu); err != nil {
 			return err
 		}
 	default:
@@ -236,18 +236,18 @@ func (c *churn) mark(gu *guest, open bool) {
 }
 
 // reborn ends a container and makes the next one in its place.
-func (c *churn) reborn(ctx context.Context, gu *guest) error {
+func (c *churn) reborn(gu *guest) error {
 	c.still.RLock()
 	defer c.still.RUnlock()
 	c.deaths.Add(1)
-	if err := gu.Remove(ctx); err != nil {
+	if err := gu.Remove(c.ctx); err != nil {
 		return err
 	}
 	name := gu.name
 	if gu.life > 0 {
 		name = fmt.Sprintf("%s.%d", gu.name, gu.life)
 	}
-	next, err := gu.Host.Netns(ctx, name)
+	next, err := gu.Host.Netns(c.ctx, name)
 	if err == nil {
 		gu.Container = next
 	}
