@@ -381,6 +381,17 @@ func TestSocket(t *testing.T) {
 	if b, _ := os.ReadFile(path); string(b) != "precious" {
 		t.Error("the file in the way was destroyed")
 	}
+	// Nor is another's socket of another kind.
+	cfg.Socket = filepath.Join(dir, "datagrams")
+	other, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: cfg.Socket, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	if s, err := Listen(cfg, back); err == nil || !strings.Contains(err.Error(), "in use by another process") {
+		s.Close()
+		t.Errorf("a socket for datagrams in the way: got %v", err)
+	}
 }
 
 func TestListenIsAllOrNothing(t *testing.T) {

@@ -327,12 +327,14 @@ func statusError(resp *http.Response) error {
 	return fmt.Errorf("Docker says: %s", text)
 }
 
-// decode reads one bounded JSON document.
+// decode reads one bounded JSON document. One that does not come to its end in time is no answer.
 func decode(r io.Reader, out any) error {
-	limited := &io.LimitedReader{R: r, N: maxBody + 1}
-	err := json.NewDecoder(limited).Decode(out)
-	if limited.N <= 0 {
+	body, err := io.ReadAll(io.LimitReader(r, maxBody+1))
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
+	if len(body) > maxBody {
 		return fmt.Errorf("longer than %d bytes", maxBody)
 	}
-	return err
+	return json.Unmarshal(body, out)
 }

@@ -202,6 +202,30 @@ func TestUnavailable(t *testing.T) {
 	if _, err := c.Container(t.Context(), "x"); !errors.Is(err, ErrUnavailable) {
 		t.Errorf("got %v, want ErrUnavailable", err)
 	}
+	// One that stops in the middle of its answer, and one that dies there.
+	for _, dies := range []bool{false, true} {
+		s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path == "/version" {
+				io.WriteString(w, `{"ApiVersion":"1.41","MinAPIVersion":"1.12"}`)
+				return
+			}
+			io.WriteString(w, `{"Id":"c0ffee",`)
+			http.NewResponseController(w).Flush()
+			if dies {
+				panic(http.ErrAbortHandler)
+			}
+			<-r.Context().Done()
+		}))
+		c, err := New(Config{Endpoint: "tcp://" + s.Listener.Addr().String(), Timeout: 200 * time.Millisecond})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Container(t.Context(), "x"); !errors.Is(err, ErrUnavailable) {
+			t.Errorf("dies=%t: got %v, want ErrUnavailable", dies, err)
+		}
+		c.Close()
+		s.Close()
+	}
 }
 
 func TestParseEndpoint(t *testing.T) {
