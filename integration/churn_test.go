@@ -41,11 +41,12 @@ type churn struct {
 // guest is one container, used by one goroutine at a time.
 type guest struct {
 	*lab.Container
-	name  string         // without the number of its life
-	life  int            // how many there were before under other names
-	specs []string       // it is attached with
-	acked []netip.Prefix // that an attach acknowledged, and no detach; sorted
-	open  bool           // an operation is under way: what it has is not known
+	name   string         // without the number of its life
+	life   int            // how many there were before under other names
+	specs  []string       // it is attached with
+	acked  []netip.Prefix // that an attach acknowledged, and no detach; sorted
+	broken bool           // it could not be made
+	open   bool           // an operation is under way: what it has is not known
 }
 
 // TestContainersComeAndGo is I7: containers are attached and detached on all hosts, end, and come back, without
@@ -152,7 +153,11 @@ func (c *churn) run(random *rand.Rand, each int) {
 		mine, r := c.guests[i*each/atOnce:(i+1)*each/atOnce], rand.New(rand.NewPCG(random.Uint64(), uint64(i)))
 		g.Go(func() error {
 			for c.left.Add(-1) >= 0 && (c.until.IsZero() || time.Now().Before(c.until)) {
-				if err := c.step(ctx, r, mine[r.IntN(len(mine))]); err != nil {
+				gu := mine[r.IntN(len(mine))]
+				if err := c.step(ctx, r, gu); err != nil {
+					if ctx.Err() == nil { // at once: a look at all may come before the others have ended
+						c.t.Errorf("%s of %s: %v", gu.Name, gu.Host.Name, err)
+					}
 					return err
 				}
 			}
@@ -240,6 +245,7 @@ func (c *churn) reborn(gu *guest) error {
 	c.still.RLock()
 	defer c.still.RUnlock()
 	c.deaths.Add(1)
+	gu.broken = true
 	if err := gu.Remove(c.ctx); err != nil {
 		return err
 	}
@@ -249,7 +255,7 @@ func (c *churn) reborn(gu *guest) error {
 	}
 	next, err := gu.Host.Netns(c.ctx, name)
 	if err == nil {
-		gu.Container = next
+		gu.Container, gu.broken = next, false
 	}
 	return err
 }
@@ -329,6 +335,9 @@ func (c *churn) scan() {
 	}
 	holder := map[netip.Addr]int{}
 	for i, gu := range c.guests {
+		if gu.broken {
+			continue
+		}
 		c.try(read(i))
 		if !gu.open && !slices.Equal(has[i], gu.acked) {
 			c.t.Errorf("%s of %s has %v, acknowledged are %v", gu.Name, gu.Host.Name, has[i], gu.acked)

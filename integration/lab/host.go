@@ -167,7 +167,7 @@ func (h *Host) start(ctx context.Context, on func(func() error) error, prepare f
 		cmd.Env[0] = strings.Replace(cmd.Env[0], "PATH=", "PATH="+h.lab.bin+":", 1)
 	}
 	cmd.Dir = "/"
-	cmd.WaitDelay = 2 * time.Second
+	cmd.WaitDelay = 20 * time.Second // a starved machine reads late what a program has printed
 	if prepare != nil {
 		prepare(cmd)
 	}
