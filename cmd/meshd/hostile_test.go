@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"sync"
@@ -24,6 +25,7 @@ type member struct {
 	*simnet.Peer
 	id    tunnel.Identity
 	names *records.Table
+	sw    *router.Switch // told of endpoints as meshd tells its own
 }
 
 const (
@@ -63,6 +65,16 @@ func TestHostileMember(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
+				m.sw = router.NewSwitch(m.id.Name(), time.Now())
+				m.names.OnChange(func(changes []records.Change) {
+					for _, c := range changes {
+						if c.Up {
+							m.sw.UpdateEndpoints([]mesh.Endpoint{c.Endpoint}, nil)
+						} else {
+							m.sw.UpdateEndpoints(nil, []mesh.Endpoint{c.Endpoint})
+						}
+					}
+				})
 				n.AddTable(mesh.ChanNames, m.names)
 				wg.Go(func() {
 					err := m.names.Run(ctx, mesh.MaxMessage-1, func(d []byte) { n.Broadcast(mesh.ChanNames, d) })
@@ -157,8 +169,32 @@ func TestHostileMember(t *testing.T) {
 				}
 			}
 		}
+		rng := rand.New(rand.NewPCG(1, 1))
+		// Well-formed deltas and memberlist packets with something changed, and noise, on every channel, up to messages
+		// far larger than any; from the tunnel, which has no limit of its own for what a member has sealed.
+		noise := func() {
+			genuine := evil.names.Encode(keysOf(evil.names.Items()), mesh.MaxMessage-1)
+			genuine = append(genuine, evil.Node.Topology().Encode(keysOf(evil.Node.Topology().Items()), mesh.MaxMessage-1)...)
+			for _, m := range honest {
+				for ch := range byte(12) {
+					b := make([]byte, []int{0, 1, 2, 100, mesh.MaxMessage - 1, mesh.MaxMessage, 65_000}[rng.IntN(7)])
+					for i := range b {
+						b[i] = byte(rng.Uint32())
+					}
+					if rng.IntN(2) == 0 && len(genuine) > 0 {
+						b = slices.Clone(genuine[rng.IntN(len(genuine))])
+						b[rng.IntN(len(b))] ^= 1 << rng.IntN(8)
+						if rng.IntN(2) == 0 {
+						b = b[:rng.IntN(len(b)+1)]
+					}
+					}
+					m.Node.Message(evil.Name, append([]byte{ch}, b...))
+				}
+			}
+		}
 		for round := range 240 {
 			lies(round)
+			noise()
 			time.Sleep(500 * time.Millisecond)
 			if err := intact(); err != nil {
 				t.Fatalf("after %d rounds of lies: %v", round+1, err)
@@ -173,8 +209,47 @@ func TestHostileMember(t *testing.T) {
 			if s.Members != 4 {
 				t.Errorf("%v has %d members, want 4", m.Name, s.Members)
 			}
+			if s.Counters["malformed"] < 100 {
+				t.Errorf("%v has counted %d messages as malformed", m.Name, s.Counters["malformed"])
+			}
+		}
+
+		// What it says of itself is believed: it has the victim's MAC, address and name too. The name then has both
+		// addresses; the frames go to whom had them first, and the clash is named.
+		mine := ep
+		mine.Peer, mine.Owner = evil.id.Name(), "mine"
+		evil.names.Announce(mine)
+		mine.Owner, mine.MAC, mine.Addrs = "other", mesh.MAC{2, 6}, []netip.Prefix{netip.MustParsePrefix("10.32.6.6/12")}
+		evil.names.Announce(mine)
+		c.Until("the claims to be heard", 10*time.Second, func() error {
+			for _, m := range honest {
+				if got := len(m.names.Endpoints()); got != 3 {
+					return fmt.Errorf("%v has %d endpoints", m.Name, got)
+				}
+			}
+			return nil
+		})
+		for _, m := range honest[:victim] {
+			m.sw.SetPeers([]router.PeerFlags{{Name: who, Reachable: true}, {Name: evil.id.Name(), Reachable: true}})
+			frame := append([]byte{2, 1, 0, 0, 0, 0, 2, 9, 0, 0, 0, 1, 8, 0}, make([]byte, 46)...)
+			if d := m.sw.FromBridge(frame, make([]byte, 0, 128), time.Now()); d.Peer != who {
+				t.Errorf("%v sends the victim's frames to %v (%+v)", m.Name, d.Peer, d)
+			}
+			if got := m.sw.Clashes(); len(got) != 2 || !slices.Contains(got[0].Peers, evil.id.Name()) { // of the MAC and the address
+				t.Errorf("%v names the clashes %+v", m.Name, got)
+			}
+			if got, err := m.names.Lookup("web"); err != nil || len(got) != 2 {
+				t.Errorf("%v: web is %v, %v", m.Name, got, err)
+			}
 		}
 	})
+}
+
+func keysOf(items []mesh.Item) (keys []uint64) {
+	for _, it := range items {
+		keys = append(keys, it.Key)
+	}
+	return keys
 }
 
 // deathOf is memberlist's packet that says that a peer has failed.
