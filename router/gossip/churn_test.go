@@ -24,6 +24,7 @@ var churnP99 = []struct {
 	{peers: 5, p99: 485 * time.Millisecond},
 	{peers: 10, p99: 930 * time.Millisecond},
 	{peers: 25, long: true, p99: 1570 * time.Millisecond},
+	{peers: 64, long: true, p99: 2600 * time.Millisecond},
 }
 
 // TestChurn is M7: 1,000 times in a minute one of the peers, drawn anew each time, leaves with a goodbye or, if it is
