@@ -293,8 +293,8 @@ func (c *churn) insist(ctx context.Context, gu *guest, path string) (got []netip
 		case !errors.As(err, &r):
 			c.cut.Add(1)
 			return false
-		case r.Code == http.StatusGatewayTimeout, r.Code == http.StatusServiceUnavailable:
-			c.late.Add(1)
+		case r.Code == http.StatusGatewayTimeout, refused(err, "no free address"), r.Code == http.StatusServiceUnavailable:
+			c.late.Add(1) // or those that have ended have the last ones, for 30 s
 			return false
 		}
 		return true
