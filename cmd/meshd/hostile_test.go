@@ -185,8 +185,8 @@ func TestHostileMember(t *testing.T) {
 						b = slices.Clone(genuine[rng.IntN(len(genuine))])
 						b[rng.IntN(len(b))] ^= 1 << rng.IntN(8)
 						if rng.IntN(2) == 0 {
-						b = b[:rng.IntN(len(b)+1)]
-					}
+							b = b[:rng.IntN(len(b)+1)]
+						}
 					}
 					m.Node.Message(evil.Name, append([]byte{ch}, b...))
 				}
