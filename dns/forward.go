@@ -170,6 +170,10 @@ func (f *forwarder) entryOf(key string, m *miekg.Msg, now time.Time) (*cacheEntr
 	if err != nil {
 		return nil, err
 	}
+	// A record that is cut short is read, with empty fields, and written as something that no client can read.
+	if err := new(miekg.Msg).Unpack(wire); err != nil {
+		return nil, err
+	}
 	ttls, good := ttlOffsets(wire)
 	if !good {
 		return nil, errMismatch

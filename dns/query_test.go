@@ -198,7 +198,8 @@ func FuzzUpstream(f *testing.F) {
 	}
 	// A signature whose fields are not there: it is read, but what is written of it is not.
 	f.Add([]byte("\x81\x80\x00\x01\x00\x01\x00\x00\x00\x00\x07example\x03org\x00\x00\x01\x00\x01\x00\x00\xfa0000/\xf4\x00\x00"))
-	// A start of authority without any.
+	// A start of authority without any, and one that is cut short.
+	f.Add([]byte("\x81\x80\x00\x01\x00\x01\x00\x00\x00\x00\x07example\x03org\x00\x00\x01\x00\x01\x00\x00\x060000/\x80\x00\x01\x00"))
 	f.Add([]byte("\x81\x80\x00\x01\x00\x01\x00\x00\x00\x00\x07example\x03org\x00\x00\x01\x00\x01\x00\x00\x060000/\xd5\x00\x00"))
 	mesh := netip.MustParsePrefix("10.32.0.0/12")
 	f.Fuzz(func(t *testing.T, b []byte) {

@@ -283,23 +283,12 @@ func parseAnswer(b []byte, id uint16, q upstreamQuestion) (*miekg.Msg, error) {
 	for _, section := range [][]miekg.RR{m.Answer, m.Ns, m.Extra} {
 		for _, rr := range section {
 			// Types 128 to 255 are no data but about a message (RFC 6895 §3.1), and not about ours.
-			h := rr.Header()
-			if h.Rrtype >= 128 && h.Rrtype <= 255 || h.Rdlength == 0 && !emptyIsData(rr) {
+			if t := rr.Header().Rrtype; t >= 128 && t <= 255 {
 				return nil, errMismatch
 			}
 		}
 	}
 	return m, nil
-}
-
-// emptyIsData reports whether a record like rr may have no data (RFC 1035 §3.3.10, RFC 3123 §4, RFC 3597 §3,
-// RFC 6891 §6.1.2). Others without are read all the same, and written as something that nobody can read.
-func emptyIsData(rr miekg.RR) bool {
-	switch rr.(type) {
-	case *miekg.NULL, *miekg.APL, *miekg.RFC3597, *miekg.OPT:
-		return true
-	}
-	return false
 }
 
 // miekgName writes a wire name as miekg/dns does, with its escapes.
