@@ -72,7 +72,7 @@ func (c *cutter) load(buf []byte) bool {
 	}
 	switch c.h.gso &^ gsoECN {
 	case gsoNone:
-		return true
+		return c.h.gso == gsoNone
 	case gsoTCPv4:
 		return c.ip && c.p.proto == protoTCP && !c.p.v6 && c.h.gsoSize != 0
 	case gsoTCPv6:
