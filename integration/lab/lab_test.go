@@ -383,6 +383,27 @@ func TestLeakCheck(t *testing.T) {
 	}
 }
 
+// TestBusySocket: what waits in a socket to be read is no change of the host.
+func TestBusySocket(t *testing.T) {
+	l, ctx := newLab(t, 1)
+	h := l.Host(1)
+	var conn *net.UDPConn
+	try(t, h.Do(func() (err error) {
+		conn, err = net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+		return err
+	}))
+	defer conn.Close()
+	before, err := h.Snapshot(ctx)
+	try(t, err)
+	_, err = conn.WriteTo(make([]byte, 1000), conn.LocalAddr())
+	try(t, err)
+	after, err := h.Snapshot(ctx)
+	try(t, err)
+	if diff := before.Diff(after); len(diff) > 0 {
+		t.Errorf("%q", diff)
+	}
+}
+
 // TestCrash kills a process that has a lab and wants everything gone.
 func TestCrash(t *testing.T) {
 	if os.Geteuid() != 0 {

@@ -45,7 +45,8 @@ var volatile = []*regexp.Regexp{
 	regexp.MustCompile(`\b(NO-CARRIER|LOWER_UP|M-DOWN),?`), // follow the peer
 	regexp.MustCompile(` linkdown\b`),
 	regexp.MustCompile(` state (UP|DOWN|UNKNOWN|LOWERLAYERDOWN)`),
-	regexp.MustCompile(` \* \d+ `), // inode of a unix socket
+	regexp.MustCompile(` \* \d+ `),                      // inode of a unix socket
+	regexp.MustCompile(`\b(UNCONN|LISTEN) +\d+ +\d+\b`), // what waits in a socket
 }
 
 // Snapshot lists links, addresses, permanent neighbours, routes, rules, firewall rules, listening
