@@ -13,11 +13,12 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+
+	"meshd/mesh"
 )
 
 // Config is what a Server is made from.
@@ -151,8 +152,8 @@ func (s *Server) open(addr string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(addr), 0o755); err != nil {
 		return nil, err
 	}
-	if err := removeStale(addr); err != nil {
-		return nil, err
+	if err := mesh.ClearSocket(addr); err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", addr, err)
 	}
 	lc := net.ListenConfig{Control: func(_, _ string, c syscallConn) error {
 		// Linux gives the file the mode that the socket has at bind, so there is no moment at which
@@ -172,29 +173,6 @@ func (s *Server) open(addr string) (net.Listener, error) {
 		return nil, err
 	}
 	return ln, nil
-}
-
-// removeStale removes a socket that nobody listens on any more, and only that.
-func removeStale(path string) error {
-	info, err := os.Lstat(path)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	if info.Mode().Type() != os.ModeSocket {
-		return fmt.Errorf("%s exists and is not a socket", path)
-	}
-	// Only this refusal says that nobody is there: who is too busy to accept, or speaks datagrams, has others.
-	c, err := net.DialTimeout("unix", path, time.Second)
-	if err == nil {
-		c.Close()
-	}
-	if !errors.Is(err, syscall.ECONNREFUSED) {
-		return fmt.Errorf("%s is in use by another process", path)
-	}
-	return os.Remove(path)
 }
 
 func serverTLS(cfg Config) (*tls.Config, error) {

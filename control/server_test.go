@@ -353,7 +353,7 @@ func TestSocket(t *testing.T) {
 	if err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("mode of the socket: got %v, %v, want 0600", info.Mode(), err)
 	}
-	if _, err := Listen(cfg, back); err == nil || !strings.Contains(err.Error(), "in use by another process") {
+	if _, err := Listen(cfg, back); err == nil || !strings.Contains(err.Error(), "another process listens") {
 		t.Errorf("second server: got %v", err)
 	}
 	// A socket that a killed daemon left behind is taken over.
@@ -388,7 +388,7 @@ func TestSocket(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer other.Close()
-	if s, err := Listen(cfg, back); err == nil || !strings.Contains(err.Error(), "in use by another process") {
+	if s, err := Listen(cfg, back); err == nil || !strings.Contains(err.Error(), "another process listens") {
 		s.Close()
 		t.Errorf("a socket for datagrams in the way: got %v", err)
 	}

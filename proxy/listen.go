@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+
+	"meshd/mesh"
 )
 
 // splitEndpoint reads unix:///path, tcp://host:port and :port.
@@ -69,24 +71,8 @@ func listenUnix(path, like string) (net.Listener, error) {
 	if resolve(path) == resolve(like) {
 		return nil, errors.New("that is Docker's own socket")
 	}
-	switch st, err := os.Lstat(path); {
-	case errors.Is(err, fs.ErrNotExist):
-	case err != nil:
-		return nil, err
-	case st.Mode()&fs.ModeSocket == 0:
-		return nil, fmt.Errorf("%s exists and is no socket: remove it or choose another path with -H", path)
-	default:
-		// Only this refusal says that nobody is there: who is too busy to accept, or speaks datagrams, has others.
-		conn, err := net.Dial("unix", path)
-		if err == nil {
-			conn.Close()
-		}
-		if !errors.Is(err, syscall.ECONNREFUSED) {
-			return nil, fmt.Errorf("another process listens there: %w", syscall.EADDRINUSE)
-		}
-		if err := os.Remove(path); err != nil {
-			return nil, err
-		}
+	if err := mesh.ClearSocket(path); err != nil {
+		return nil, fmt.Errorf("%w; -H chooses another path", err)
 	}
 	// Nobody may connect before the owner and mode are right.
 	old := syscall.Umask(0o177)

@@ -686,7 +686,7 @@ func TestListenRefuses(t *testing.T) {
 	}
 	for endpoint, want := range map[string]string{
 		"unix://" + dir + "/here/a.sock": "another process listens",
-		"unix://" + dir:                  "no socket",
+		"unix://" + dir:                  "not a socket",
 		"unix://relative":                "absolute",
 		"unix://" + dir + "/d.sock":      "Docker's own",
 		"http://x":                       "neither",
