@@ -59,11 +59,8 @@ func (c *core) foundBySeed() {
 	if c.ring.Cluster() != 0 || c.cfg.Init.Mode != Seed || c.left || !slices.Contains(c.cfg.Init.Seed, c.cfg.Name) {
 		return
 	}
-	if c.now-c.birth < c.cfg.Grace {
-		alive := c.alivePeers()
-		if len(alive) == 0 || slices.ContainsFunc(alive, func(n mesh.PeerName) bool { return !c.peers[n].heard }) {
-			return
-		}
+	if alive := c.alivePeers(); c.hearing(alive) || len(alive) == 0 && c.now-c.birth < c.cfg.Grace {
+		return
 	}
 	h := fnv.New64a()
 	h.Write([]byte(c.cfg.Range.String()))
@@ -90,6 +87,15 @@ func (c *core) founding(d ring.Delta) {
 	c.ringChanged()
 }
 
+// hearing reports whether one of these peers has a ring, which is on its way here, or has not said whether it has
+// one. For that nobody is waited for longer than the grace time: not everybody takes part in allocation.
+func (c *core) hearing(alive []mesh.PeerName) bool {
+	return slices.ContainsFunc(alive, func(name mesh.PeerName) bool {
+		p := c.peers[name]
+		return p.ringed || !p.heard && c.now-c.birth < c.cfg.Grace
+	})
+}
+
 // wantElection begins an attempt to found the ring by consensus, if the time has come and enough voters
 // are in reach. When many join a mesh at once they are a quorum of their own, and may agree before one of the few
 // who have its ring gets a word in. So they, too, hear out all peers in reach first.
@@ -98,12 +104,11 @@ func (c *core) wantElection() {
 		return
 	}
 	alive, voters := c.alivePeers(), 1
+	if c.hearing(alive) {
+		return
+	}
 	for _, name := range alive {
-		p := c.peers[name]
-		if p.ringed || !p.heard && c.now-c.birth < c.cfg.Grace {
-			return
-		}
-		if p.voter {
+		if c.peers[name].voter {
 			voters++
 		}
 	}
@@ -167,18 +172,19 @@ func (c *core) voted(outs []election.Out) {
 }
 
 func (c *core) whyNoRing() string {
-	switch c.cfg.Init.Mode {
-	case Seed:
-		if !slices.Contains(c.cfg.Init.Seed, c.cfg.Name) {
-			return "waiting for a peer of the seed"
-		}
-		return "waiting to hear whether the peers in reach have a ring already"
-	case Observer:
+	alive := c.alivePeers()
+	mode := c.cfg.Init.Mode
+	switch {
+	case mode == Seed && !slices.Contains(c.cfg.Init.Seed, c.cfg.Name):
+		return "waiting for a peer of the seed"
+	case mode == Observer:
 		return "waiting for the voters to found the ring"
+	case mode == Seed || c.hearing(alive):
+		return "waiting to hear whether the peers in reach have a ring already"
 	}
 	q := c.quorum
 	if q == 0 {
 		q = c.cfg.Init.N/2 + 1
 	}
-	return fmt.Sprintf("awaiting consensus (quorum: %d, known: %d)", q, 1+len(c.alivePeers()))
+	return fmt.Sprintf("awaiting consensus (quorum: %d, known: %d)", q, 1+len(alive))
 }
