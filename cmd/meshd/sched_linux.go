@@ -18,8 +18,9 @@ const (
 )
 
 // askScheduler sets both for all threads; later ones inherit them. Slices need Linux 6.12; older kernels take
-// no notice.
+// no notice. A niceness that somebody chose, with nice(1) or systemd, stays.
 func askScheduler() {
+	chosen := false
 	threads, _ := os.ReadDir("/proc/self/task")
 	for _, t := range threads {
 		tid, _ := strconv.Atoi(t.Name())
@@ -28,12 +29,16 @@ func askScheduler() {
 			continue
 		}
 		attr.Runtime = timeSlice
-		attr.Nice = min(attr.Nice, niceness)
+		if attr.Nice == 0 {
+			attr.Nice = niceness
+		} else {
+			chosen = true
+		}
 		_ = unix.SchedSetAttr(tid, attr, 0)
 	}
 	// Where sessions share the processors, and threads only within theirs (sched(7), "The autogroup feature"),
 	// the session has a niceness of its own. One that began elsewhere, with a shell, is not changed.
-	if session, err := unix.Getsid(0); err == nil && session == os.Getpid() {
+	if session, err := unix.Getsid(0); err == nil && session == os.Getpid() && !chosen {
 		_ = os.WriteFile("/proc/self/autogroup", []byte(strconv.Itoa(niceness)), 0)
 	}
 }
