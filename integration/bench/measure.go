@@ -78,6 +78,9 @@ func profile(dir, name string) (stop func() error, err error) {
 	if dir == "" {
 		return func() error { return nil }, nil
 	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, fmt.Errorf("profile: %w", err)
+	}
 	file := filepath.Join(dir, strings.ReplaceAll(name, " ", "-")+".perf")
 	cmd := exec.Command("perf", "record", "-q", "-a", "-g", "-F", "1999", "-o", file)
 	if err := cmd.Start(); err != nil {
