@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -94,12 +95,34 @@ func newWorld(t testing.TB, hosts int, limit time.Duration) *world {
 		if t.Failed() {
 			for _, h := range l.Hosts {
 				if log := h.Log(); log != "" {
-					t.Log(log)
+					t.Log(lastLines(log, logLines()))
 				}
 			}
 		}
 	})
 	return w
+}
+
+// logLines says how much of each host's log a failed test prints: little, so that what failed is found
+// among the logs of many hosts. MESHD_LOG_LINES says how much else.
+func logLines() int {
+	if n, err := strconv.Atoi(os.Getenv("MESHD_LOG_LINES")); err == nil {
+		return n
+	}
+	return 12
+}
+
+// lastLines gives the first line of a text, which says whose it is, and the last n, none longer than 300 bytes.
+func lastLines(text string, n int) string {
+	head, rest, _ := strings.Cut(strings.TrimSpace(text), "\n")
+	lines := strings.Split(rest, "\n")
+	lines = lines[max(0, len(lines)-n):]
+	for i, line := range lines {
+		if len(line) > 300 {
+			lines[i] = line[:300] + "…"
+		}
+	}
+	return head + "\n" + strings.Join(lines, "\n")
 }
 
 // in gives the world for a subtest.

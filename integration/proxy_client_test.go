@@ -89,8 +89,8 @@ func TestProxyEnvironment(t *testing.T) {
 		w := w.in(t)
 		w.shell(h, `mkdir /run/way; echo precious > /run/way/file; ln -s /run/docker.sock /run/way/link; ln -s /nowhere /run/way/dangling; mkdir /run/way/dir`)
 		for endpoint, word := range map[string]string{
-			"unix:///run/way/file": "no socket", "unix:///run/way/link": "no socket", "unix:///run/way/dangling": "no socket",
-			"unix:///run/way/dir": "no socket", "unix:///run/docker.sock": "", "unix:///var/run/docker.sock": "", "unix://relative": "absolute",
+			"unix:///run/way/file": "not a socket", "unix:///run/way/link": "not a socket", "unix:///run/way/dangling": "not a socket",
+			"unix:///run/way/dir": "not a socket", "unix:///run/docker.sock": "", "unix:///var/run/docker.sock": "", "unix://relative": "absolute",
 			"tcp://0.0.0.0:12375": "root on this host", ":12375": "root on this host", "fd://": "", "nonsense": "", "tcp://127.0.0.1": "",
 		} {
 			r, err := h.Ctl(w.ctx, "launch", "-H", endpoint)
