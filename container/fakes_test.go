@@ -165,11 +165,9 @@ func (w *world) dockerd(there bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.away = !there
-	kind := docker.Disconnected
 	if there {
-		kind = docker.Connected
+		w.events <- docker.Event{Kind: docker.Connected}
 	}
-	w.events <- docker.Event{Kind: kind}
 }
 
 // failing makes one method fail until told otherwise.

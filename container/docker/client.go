@@ -1,5 +1,5 @@
 // Package docker is a thin client for the few calls of Docker's API that the mesh makes itself: look at
-// a container or an image, hear of starts and ends, kill. It speaks the lower of its own and the
+// a container, list containers and networks, hear of starts and ends. It speaks the lower of its own and the
 // daemon's API version, reads no more than it needs, and waits for no answer longer than a deadline.
 package docker
 
@@ -22,21 +22,21 @@ import (
 
 // Errors that callers tell apart.
 var (
-	ErrNotFound    = errors.New("no such container or image")
+	ErrNotFound    = errors.New("no such container")
 	ErrUnavailable = errors.New("Docker does not answer")
 	ErrVersion     = errors.New("no API version in common with Docker")
 )
 
 // Versions of the API that this client can speak.
 var (
-	oldest = Version{1, 24} // Docker 1.12
-	newest = Version{1, 51} // Docker 28
+	oldest = version{1, 24} // Docker 1.12
+	newest = version{1, 51} // Docker 28
 )
 
 const (
 	maxBody    = 8 << 20 // bytes of an answer; an inspect has some 10 kB
 	maxMessage = 4 << 10 // bytes of an error that are kept
-	maxName    = 256     // bytes of a container's or image's name
+	maxName    = 256     // bytes of a container's name
 )
 
 // Config says where Docker is.
@@ -56,7 +56,7 @@ type Client struct {
 	http     *http.Client
 
 	mu      sync.Mutex
-	version Version // agreed upon; zero until then
+	version version // agreed upon; zero until then
 }
 
 // New prepares a client and contacts nobody: Docker may come later.
@@ -124,7 +124,6 @@ func (c *Client) Close() error {
 type Container struct {
 	ID         string `json:"Id"`
 	Name       string // with a leading slash
-	Image      string
 	HostsPath  string
 	State      State
 	Config     Settings
@@ -140,115 +139,63 @@ type HostConfig struct {
 
 // State is how a container is.
 type State struct {
-	Running    bool
-	Paused     bool
-	Restarting bool
-	Dead       bool
-	Pid        int
-	StartedAt  string
+	Running bool
+	Dead    bool
+	Pid     int
 }
 
-// Settings are those of a container or an image.
+// Settings are those that it was made with.
 type Settings struct {
 	Hostname   string
 	Domainname string
-	Env        []string
 	Labels     map[string]string
-	Entrypoint []string
-	Cmd        []string
-}
-
-// Image is what the mesh needs to know of an image.
-type Image struct {
-	ID     string `json:"Id"`
-	Config Settings
 }
 
 // Container looks at a container by id, start of id, or name.
 func (c *Client) Container(ctx context.Context, name string) (Container, error) {
 	var out Container
-	err := c.get(ctx, "container "+name, "/containers/", name, "/json", &out)
-	if err == nil && out.ID == "" {
-		err = fmt.Errorf("container %s: Docker's answer has no id", name)
+	path, err := namePath("/containers/", name, "/json")
+	if err == nil {
+		err = c.get(ctx, path, nil, &out)
 	}
-	return out, err
+	if err == nil && out.ID == "" {
+		err = errors.New("Docker's answer has no id")
+	}
+	if err != nil {
+		return out, fmt.Errorf("container %s: %w", name, err)
+	}
+	return out, nil
 }
 
 // Running lists the ids of running containers that have a label.
-func (c *Client) Running(ctx context.Context, label string) ([]string, error) {
+func (c *Client) Running(ctx context.Context, label string) (ids []string, err error) {
 	filters, err := json.Marshal(map[string][]string{"label": {label}, "status": {"running"}})
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, c.timeout)
-	defer cancel()
-	resp, err := c.call(ctx, http.MethodGet, "/containers/json", url.Values{"filters": {string(filters)}})
-	if err != nil {
-		return nil, fmt.Errorf("list containers: %w", err)
-	}
-	defer resp.Body.Close()
-	if err := statusError(resp); err != nil {
-		return nil, fmt.Errorf("list containers: %w", err)
-	}
 	var list []struct {
 		ID string `json:"Id"`
 	}
-	if err := decode(resp.Body, &list); err != nil {
-		return nil, fmt.Errorf("list containers: Docker's answer: %w", err)
+	if err := c.get(ctx, "/containers/json", url.Values{"filters": {string(filters)}}, &list); err != nil {
+		return nil, fmt.Errorf("list containers: %w", err)
 	}
-	var ids []string
 	for _, one := range list {
 		ids = append(ids, one.ID)
 	}
 	return ids, nil
 }
 
-// Image looks at an image by id or name.
-func (c *Client) Image(ctx context.Context, name string) (Image, error) {
-	var out Image
-	return out, c.get(ctx, "image "+name, "/images/", name, "/json", &out)
-}
-
-// Kill ends a container's processes at once. That it does not run is no error.
-func (c *Client) Kill(ctx context.Context, id string) error {
-	what := "kill container " + id
-	path, err := namePath("/containers/", id, "/kill")
-	if err != nil {
-		return fmt.Errorf("%s: %w", what, err)
-	}
+// get asks for one document, within the deadline.
+func (c *Client) get(ctx context.Context, path string, query url.Values, out any) error {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	resp, err := c.call(ctx, http.MethodPost, path, nil)
+	resp, err := c.call(ctx, path, query)
 	if err != nil {
-		return fmt.Errorf("%s: %w", what, err)
+		return err
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode == http.StatusConflict {
-		return nil
-	}
-	if err := statusError(resp); err != nil {
-		return fmt.Errorf("%s: %w", what, err)
-	}
-	return nil
-}
-
-func (c *Client) get(ctx context.Context, what, before, name, after string, out any) error {
-	path, err := namePath(before, name, after)
-	if err != nil {
-		return fmt.Errorf("%s: %w", what, err)
-	}
-	ctx, cancel := context.WithTimeout(ctx, c.timeout)
-	defer cancel()
-	resp, err := c.call(ctx, http.MethodGet, path, nil)
-	if err != nil {
-		return fmt.Errorf("%s: %w", what, err)
-	}
-	defer resp.Body.Close()
-	if err := statusError(resp); err != nil {
-		return fmt.Errorf("%s: %w", what, err)
-	}
 	if err := decode(resp.Body, out); err != nil {
-		return fmt.Errorf("%s: Docker's answer: %w", what, err)
+		return fmt.Errorf("Docker's answer: %w", err)
 	}
 	return nil
 }
@@ -267,9 +214,9 @@ func namePath(before, name, after string) (string, error) {
 	return before + (&url.URL{Path: name}).EscapedPath() + after, nil
 }
 
-// call makes a request in the agreed API version. When Docker refuses the version, as after an exchange
-// of the daemon, it agrees anew and tries once more.
-func (c *Client) call(ctx context.Context, method, path string, query url.Values) (*http.Response, error) {
+// call asks for something in the agreed API version; a refusal is an error. When Docker refuses the version, as after
+// an exchange of the daemon, it agrees anew and tries once more.
+func (c *Client) call(ctx context.Context, path string, query url.Values) (*http.Response, error) {
 	for again := true; ; again = false {
 		v, err := c.negotiate(ctx)
 		if err != nil {
@@ -279,21 +226,23 @@ func (c *Client) call(ctx context.Context, method, path string, query url.Values
 		if len(query) > 0 {
 			target += "?" + query.Encode()
 		}
-		resp, err := c.do(ctx, method, target)
-		if err != nil || resp.StatusCode != http.StatusBadRequest || !again {
-			return resp, err
+		resp, err := c.do(ctx, target)
+		if err != nil {
+			return nil, err
 		}
-		err = statusError(resp)
+		if err = statusError(resp); err == nil {
+			return resp, nil
+		}
 		resp.Body.Close()
-		if !strings.Contains(err.Error(), "version") {
+		if !again || resp.StatusCode != http.StatusBadRequest || !strings.Contains(err.Error(), "version") {
 			return nil, err
 		}
 		c.forget()
 	}
 }
 
-func (c *Client) do(ctx context.Context, method, target string) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, method, c.base+target, nil)
+func (c *Client) do(ctx context.Context, target string) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+target, nil)
 	if err != nil {
 		return nil, err
 	}

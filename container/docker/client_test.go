@@ -142,37 +142,22 @@ func TestNamesStayInTheirPlace(t *testing.T) {
 	}
 }
 
-func TestKill(t *testing.T) {
-	d := &daemon{version: "1.44", oldest: "1.24", mux: http.NewServeMux()}
-	codes := map[string]int{"run": 204, "idle": 409, "none": 404, "bad": 500}
-	d.mux.HandleFunc("POST /v1.44/containers/{name}/kill", func(w http.ResponseWriter, r *http.Request) {
-		w.WriteHeader(codes[r.PathValue("name")])
-	})
-	c := d.start(t)
-	for name, code := range codes {
-		err := c.Kill(t.Context(), name)
-		if wantErr := code == 404 || code == 500; (err != nil) != wantErr || errors.Is(err, ErrNotFound) != (code == 404) {
-			t.Errorf("%s: got %v", name, err)
-		}
-	}
-}
-
 // The daemon is exchanged for an older one between two calls.
 func TestVersionChanges(t *testing.T) {
 	d := &daemon{version: "1.51", mux: http.NewServeMux()}
-	d.mux.HandleFunc("GET /{version}/images/{name}/json", func(w http.ResponseWriter, r *http.Request) {
+	d.mux.HandleFunc("GET /{version}/containers/{name}/json", func(w http.ResponseWriter, r *http.Request) {
 		if r.PathValue("version") != "v"+d.version {
 			w.WriteHeader(400)
 			fmt.Fprintf(w, `{"message":"client version %s is too new. Maximum supported API version is %s"}`, r.PathValue("version"), d.version)
 			return
 		}
-		fmt.Fprint(w, `{"Id":"sha256:1","Config":{"Cmd":["sh"]}}`)
+		fmt.Fprint(w, `{"Id":"c0ffee"}`)
 	})
 	c := d.start(t)
 	for _, v := range []string{"1.51", "1.41", "1.44"} {
 		d.version = v
-		if img, err := c.Image(t.Context(), "busybox"); err != nil || img.Config.Cmd[0] != "sh" {
-			t.Errorf("%s: got %+v, %v", v, img, err)
+		if got, err := c.Container(t.Context(), "box"); err != nil || got.ID != "c0ffee" {
+			t.Errorf("%s: got %+v, %v", v, got, err)
 		}
 		if v == "1.41" {
 			c.forget()
@@ -268,7 +253,7 @@ func TestWatch(t *testing.T) {
 			cancel()
 		}
 	})
-	if got := strings.Join(got, "|"); got != "1|3c1|4c1|2|1|3c2|4c2|2" {
+	if got := strings.Join(got, "|"); got != "1|2c1|3c1|1|2c2|3c2" {
 		t.Errorf("got %s", got)
 	}
 	if !errors.Is(err, context.Canceled) {
@@ -313,7 +298,7 @@ func FuzzAnswer(f *testing.F) {
 		}
 		c.http.Transport = saying{code, body}
 		c.forget()
-		if v, err := c.APIVersion(t.Context()); err == nil && (v.Less(oldest) || newest.Less(v)) {
+		if v, err := c.negotiate(t.Context()); err == nil && (v.less(oldest) || newest.less(v)) {
 			t.Errorf("agreed upon %v", v)
 		}
 		agreed := func() { c.version = newest }
@@ -322,13 +307,9 @@ func FuzzAnswer(f *testing.F) {
 			t.Errorf("%d %q: container %+v", code, body, got)
 		}
 		agreed()
-		_, _ = c.Image(t.Context(), "i")
-		agreed()
 		_, _ = c.Running(t.Context(), "l")
 		agreed()
 		_, _ = c.bridges(t.Context())
-		agreed()
-		_ = c.Kill(t.Context(), "c")
 	})
 }
 

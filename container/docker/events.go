@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/http"
 	"net/url"
 	"strconv"
 	"time"
@@ -17,14 +16,13 @@ import (
 type EventKind uint8
 
 const (
-	Connected    EventKind = iota + 1 // Docker answers: events follow, and what happened before is to be looked up
-	Disconnected                      // Docker went away; Watch tries again by itself
-	Started                           // a container started
-	Died                              // a container's process ended
-	Destroyed                         // a container was removed
+	Connected EventKind = iota + 1 // Docker answers: events follow, and what happened before is to be looked up
+	Started                        // a container started
+	Died                           // a container's process ended
+	Destroyed                      // a container was removed
 )
 
-// Event is about a container, by its full id; Connected and Disconnected are about Docker.
+// Event is about a container, by its full id; Connected is about Docker.
 type Event struct {
 	Kind EventKind
 	ID   string
@@ -42,18 +40,13 @@ const (
 func (c *Client) Watch(ctx context.Context, f func(Event)) error {
 	retry := firstRetry
 	for quiet := false; ; {
-		connected := false
 		err := c.watchOnce(ctx, func(e Event) {
 			if e.Kind == Connected {
-				connected = true
+				retry, quiet = firstRetry, false
 			}
 			f(e)
 		})
 		c.forget()
-		if connected {
-			f(Event{Kind: Disconnected})
-			retry, quiet = firstRetry, false
-		}
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
@@ -75,14 +68,11 @@ func (c *Client) watchOnce(ctx context.Context, f func(Event)) error {
 		"filters": {`{"type":["container"],"event":["start","die","destroy"]}`},
 		"since":   {strconv.FormatInt(time.Now().Add(-lookBack).Unix(), 10)},
 	}
-	resp, err := c.call(ctx, http.MethodGet, "/events", query)
+	resp, err := c.call(ctx, "/events", query)
 	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	if err := statusError(resp); err != nil {
 		return fmt.Errorf("events: %w", err)
 	}
+	defer resp.Body.Close()
 	f(Event{Kind: Connected})
 	return readEvents(resp.Body, f)
 }

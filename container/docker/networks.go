@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"net/http"
 	"net/url"
 	"strings"
 	"sync/atomic"
@@ -74,23 +73,13 @@ func (c *Client) bridges(ctx context.Context) (map[string]bool, error) {
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, c.timeout)
-	defer cancel()
-	resp, err := c.call(ctx, http.MethodGet, "/networks", url.Values{"filters": {string(filters)}})
-	if err != nil {
-		return nil, fmt.Errorf("list networks: %w", err)
-	}
-	defer resp.Body.Close()
-	if err := statusError(resp); err != nil {
-		return nil, fmt.Errorf("list networks: %w", err)
-	}
 	var list []struct {
 		ID       string `json:"Id"`
 		Internal bool
 		Options  map[string]string
 	}
-	if err := decode(resp.Body, &list); err != nil {
-		return nil, fmt.Errorf("list networks: Docker's answer: %w", err)
+	if err := c.get(ctx, "/networks", url.Values{"filters": {string(filters)}}, &list); err != nil {
+		return nil, fmt.Errorf("list networks: %w", err)
 	}
 	known := map[string]bool{}
 	for _, net := range list {

@@ -3,65 +3,57 @@ package docker
 import (
 	"context"
 	"fmt"
-	"net/http"
 	"strconv"
 	"strings"
 )
 
-// Version is one of the API, such as 1.41.
-type Version struct{ Major, Minor int }
+// version is one of the API, such as 1.41.
+type version struct{ major, minor int }
 
-func (v Version) String() string { return fmt.Sprintf("%d.%d", v.Major, v.Minor) }
+func (v version) String() string { return fmt.Sprintf("%d.%d", v.major, v.minor) }
 
-// Less orders versions.
-func (v Version) Less(w Version) bool {
-	return v.Major < w.Major || v.Major == w.Major && v.Minor < w.Minor
+func (v version) less(w version) bool {
+	return v.major < w.major || v.major == w.major && v.minor < w.minor
 }
 
-// ParseVersion reads "1.41".
-func ParseVersion(s string) (Version, error) {
+// parseVersion reads "1.41".
+func parseVersion(s string) (version, error) {
 	major, minor, ok := strings.Cut(s, ".")
 	a, err := strconv.ParseUint(major, 10, 16)
 	if err == nil && ok {
 		var b uint64
 		if b, err = strconv.ParseUint(minor, 10, 16); err == nil {
-			return Version{int(a), int(b)}, nil
+			return version{int(a), int(b)}, nil
 		}
 	}
 	if len(s) > 32 {
 		s = s[:32]
 	}
-	return Version{}, fmt.Errorf("%q is no API version such as 1.41", s)
+	return version{}, fmt.Errorf("%q is no API version such as 1.41", s)
 }
 
-// APIVersion is the version that client and daemon agree upon.
-func (c *Client) APIVersion(ctx context.Context) (Version, error) {
-	ctx, cancel := context.WithTimeout(ctx, c.timeout)
-	defer cancel()
-	return c.negotiate(ctx)
-}
-
-func (c *Client) negotiate(ctx context.Context) (Version, error) {
+// negotiate finds out the version that client and daemon agree upon.
+func (c *Client) negotiate(ctx context.Context) (version, error) {
 	c.mu.Lock()
 	v := c.version
 	c.mu.Unlock()
-	if v != (Version{}) {
+	if v != (version{}) {
 		return v, nil
 	}
-	resp, err := c.do(ctx, http.MethodGet, "/version") // without a version: every daemon answers it
+	resp, err := c.do(ctx, "/version") // without a version: every daemon answers it
 	if err != nil {
-		return Version{}, err
+		return version{}, err
 	}
 	defer resp.Body.Close()
 	if err := statusError(resp); err != nil {
-		return Version{}, fmt.Errorf("ask for the API version: %w", err)
+		return version{}, fmt.Errorf("ask for the API version: %w", err)
 	}
 	var says struct{ APIVersion, MinAPIVersion string } // Docker spells ApiVersion; JSON does not mind
 	if err := decode(resp.Body, &says); err != nil {
-		return Version{}, fmt.Errorf("ask for the API version: %w", err)
+		return version{}, fmt.Errorf("ask for the API version: %w", err)
 	}
 	if v, err = agree(says.APIVersion, says.MinAPIVersion); err != nil {
-		return Version{}, err
+		return version{}, err
 	}
 	c.mu.Lock()
 	c.version = v
@@ -72,28 +64,28 @@ func (c *Client) negotiate(ctx context.Context) (Version, error) {
 // forget makes the next call ask for the version again.
 func (c *Client) forget() {
 	c.mu.Lock()
-	c.version = Version{}
+	c.version = version{}
 	c.mu.Unlock()
 }
 
 // agree chooses the lower of the newest versions on both sides, if it is not too old for either.
-func agree(theirs, theirOldest string) (Version, error) {
-	v, err := ParseVersion(theirs)
+func agree(theirs, theirOldest string) (version, error) {
+	v, err := parseVersion(theirs)
 	if err != nil {
 		return v, fmt.Errorf("%w: %w", ErrVersion, err)
 	}
-	if v.Less(oldest) {
+	if v.less(oldest) {
 		return v, fmt.Errorf("%w: it speaks at most %v, we at least %v", ErrVersion, v, oldest)
 	}
-	if newest.Less(v) {
+	if newest.less(v) {
 		v = newest
 	}
 	if theirOldest != "" {
-		low, err := ParseVersion(theirOldest)
+		low, err := parseVersion(theirOldest)
 		if err != nil {
 			return v, fmt.Errorf("%w: %w", ErrVersion, err)
 		}
-		if v.Less(low) {
+		if v.less(low) {
 			return v, fmt.Errorf("%w: it speaks at least %v, we at most %v", ErrVersion, low, newest)
 		}
 	}
