@@ -113,6 +113,7 @@ func (m *Manager) attachLocked(ctx context.Context, t target, specs []mesh.AddrS
 		}
 		out.Warnings = append(out.Warnings, m.overlap(spec)...)
 	}
+	m.giveUp(&r)
 	var inode uint64
 	if ns, inode, err = m.open(ctx, t); err != nil {
 		undo()
@@ -134,11 +135,33 @@ func (m *Manager) attachLocked(ctx context.Context, t target, specs []mesh.AddrS
 			again.Close()
 		}
 	}
-	if err := m.establish(ns, r); err != nil {
+	if err := m.establish(ns, old.held(), r); err != nil {
 		undo()
 		return Changed{}, err
 	}
 	return out, nil
+}
+
+// giveUp takes those addresses out of r that the allocator gave up for new ones, because somebody else has them.
+func (m *Manager) giveUp(r *record) {
+	have := m.cfg.Allocator.Lookup(r.Owner, netip.Prefix{})
+	r.Holds = slices.DeleteFunc(r.Holds, func(h hold) bool {
+		if !h.Held || containsAddr(have, h.Addr.Addr()) {
+			return false
+		}
+		m.log.Warn("a container loses an address that somebody else has", "container", r.label(), "addr", h.Addr)
+		return true
+	})
+}
+
+// without is the addresses of a that are not in b.
+func without(a, b []netip.Prefix) (out []netip.Prefix) {
+	for _, p := range a {
+		if !containsAddr(b, p.Addr()) {
+			out = append(out, p)
+		}
+	}
+	return out
 }
 
 // checkFree refuses an address that another container is known to have, here or elsewhere.
@@ -165,7 +188,7 @@ func (m *Manager) checkFree(owner string, specs []mesh.AddrSpec) error {
 				continue // what is ours is in the records
 			}
 			if slices.ContainsFunc(e.Addrs, func(p netip.Prefix) bool { return p.Addr() == a }) {
-				return fmt.Errorf("address %v %w by %s on peer %v", a, ErrInUse, shortID(e.Owner), e.Peer)
+				return fmt.Errorf("address %v %w by %s on peer %v (if that has gone for good: meshctl rmpeer %v)", a, ErrInUse, shortID(e.Owner), e.Peer, e.Peer)
 			}
 		}
 	}
@@ -195,9 +218,9 @@ func (m *Manager) acquire(ctx context.Context, r *record, spec mesh.AddrSpec) (a
 	return a, nil
 }
 
-// establish makes everything outside the allocator agree with r. A container's process may run from the
+// establish makes everything outside the allocator agree with r, which had the former addresses. A container's process may run from the
 // moment when its interface is there, so all that it sees of itself comes before.
-func (m *Manager) establish(ns *os.File, r record) error {
+func (m *Manager) establish(ns *os.File, former []netip.Prefix, r record) error {
 	if err := m.keep(r); err != nil {
 		return err
 	}
@@ -209,6 +232,11 @@ func (m *Manager) establish(ns *os.File, r record) error {
 	if err != nil {
 		m.cfg.Announcer.Withdraw(r.Owner, r.MAC)
 		return err
+	}
+	if gone := without(former, r.held()); len(gone) > 0 {
+		if err := m.cfg.Network.RemoveAddrs(ns, r.Owner, gone); err != nil {
+			return err
+		}
 	}
 	m.mu.Lock()
 	delete(m.dead, r.Owner)

@@ -66,6 +66,12 @@ func (m *Manager) Expose(ctx context.Context, req ExposeRequest) (out Changed, e
 		out.Warnings = append(out.Warnings, m.overlap(spec)...)
 	}
 	if err == nil {
+		m.giveUp(&r)
+		for _, a := range without(old.held(), r.held()) {
+			err = errors.Join(err, m.unexpose(ctx, a))
+		}
+	}
+	if err == nil {
 		err = m.establishExposed(r)
 	}
 	if err != nil {

@@ -30,6 +30,7 @@ type world struct {
 	rules     map[netip.Prefix]bool // subnets let through, and whether masqueraded
 	owned     map[netip.Addr]string // by the allocator
 	length    map[netip.Addr]int
+	rivals    map[netip.Addr]bool // held by its owner and, as turned out, by somebody else
 	announced map[string]mesh.Endpoint
 	remote    []mesh.Endpoint
 	stored    map[string][]byte
@@ -57,7 +58,7 @@ var (
 func newWorld(t *testing.T) *world {
 	return &world{
 		t: t, proc: t.TempDir(), ports: map[string]fakePort{}, rules: map[netip.Prefix]bool{}, owned: map[netip.Addr]string{},
-		length: map[netip.Addr]int{}, announced: map[string]mesh.Endpoint{}, stored: map[string][]byte{}, fail: map[string]error{},
+		length: map[netip.Addr]int{}, rivals: map[netip.Addr]bool{}, announced: map[string]mesh.Endpoint{}, stored: map[string][]byte{}, fail: map[string]error{},
 		containers: map[string]docker.Container{}, events: make(chan docker.Event, 1000),
 	}
 }
@@ -322,6 +323,10 @@ func (w *world) Allocate(ctx context.Context, owner string, in netip.Prefix) (ne
 	}
 	for a, o := range w.owned {
 		if o == owner && in.Contains(a) && w.length[a] == in.Bits() {
+			if w.rivals[a] {
+				w.owned[a] = "somebody else"
+				continue
+			}
 			return netip.PrefixFrom(a, in.Bits()), nil
 		}
 	}

@@ -89,7 +89,7 @@ func TestAttachRefuses(t *testing.T) {
 		{"none", "", "no such container"},
 		{"web", "none", "attaches nothing"},
 		{"web", "10.2.1.7/24", "address 10.2.1.7 is in use by container db (000000000000)"},
-		{"web", "10.2.1.8/24", "is in use by 000000000000 on peer 0b:00:00:00:00:00"},
+		{"web", "10.2.1.8/24", "is in use by 000000000000 on peer 0b:00:00:00:00:00 (if that has gone for good: meshctl rmpeer 0b:00:00:00:00:00)"},
 		{"db", "10.2.1.7/16", "has it as 10.2.1.7/24"},
 		{"pid:x", "", "want pid:"}, {"pid:0", "", "want pid:"}, {"pid:-1", "", "want pid:"}, {"pid:99999", "", "no such process"},
 		{"netns:relative", "", "absolute path"}, {"netns:/nonexistent", "", "no such file"},
@@ -156,6 +156,42 @@ func TestAttachGivenUp(t *testing.T) {
 		}
 		w.wantNothing(web, false)
 	})
+}
+
+// An address that turned out to be another peer's, or was lost to it, goes when the container is attached again and gets
+// one in its place.
+func TestRenumber(t *testing.T) {
+	t.Run("Collided", func(t *testing.T) {
+		testRenumber(t, func(w *world, a netip.Addr) { w.rivals[a] = true })
+	})
+	t.Run("Lost", func(t *testing.T) {
+		testRenumber(t, func(w *world, a netip.Addr) { w.owned[a] = "somebody else" })
+	})
+}
+
+func testRenumber(t *testing.T, take func(*world, netip.Addr)) {
+	w := newWorld(t)
+	m := w.manager()
+	web := w.start(1, 100, "web")
+	w.attach(m, "web", "10.2.1.1/24 net:default", "10.2.1.1/24 10.32.0.1/28")
+	if _, err := m.Expose(t.Context(), ExposeRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	w.wantPort(web, "10.2.1.1/24 10.32.0.1/28")
+	take(w, netip.MustParseAddr("10.32.0.1"))
+	take(w, netip.MustParseAddr("10.32.0.2"))
+	w.attach(m, "web", "net:default", "10.32.0.3/28")
+	w.wantPort(web, "10.2.1.1/24 10.32.0.3/28")
+	got, err := m.Expose(t.Context(), ExposeRequest{})
+	if err != nil || !reflect.DeepEqual(got.Addresses, prefixes("10.32.0.4/28")) || !reflect.DeepEqual(w.bridge, prefixes("10.32.0.4/28")) || len(w.rules) != 1 {
+		t.Errorf("exposed again: %v, %v, bridge %v, rules %v", got, err, w.bridge, w.rules)
+	}
+	if got, want := m.Called(web), "web"; got != want {
+		t.Errorf("called %q, want %q", got, want)
+	}
+	// What is in place of nothing stands beside the others.
+	w.attach(m, "web", "10.2.1.2/24", "10.2.1.2/24")
+	w.wantPort(web, "10.2.1.1/24 10.2.1.2/24 10.32.0.3/28")
 }
 
 func TestDetach(t *testing.T) {

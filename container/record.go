@@ -86,6 +86,20 @@ func (r record) label() string {
 	return "container " + shortID(r.Owner)
 }
 
+// Called is what commands call an owner by.
+func (m *Manager) Called(owner string) string {
+	r, _ := m.record(owner)
+	switch {
+	case owner == mesh.OwnerExpose:
+		return owner
+	case r.Target != "":
+		return r.Target
+	case r.Name != "":
+		return r.Name
+	}
+	return shortID(owner)
+}
+
 func shortID(owner string) string { return owner[:min(len(owner), 12)] }
 
 func (r record) marshal() ([]byte, error) { return json.Marshal(r) }

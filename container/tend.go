@@ -357,10 +357,11 @@ func (m *Manager) lookNamespace(ctx context.Context, r record) (next time.Durati
 func (m *Manager) attachAgain(ctx context.Context, ns *os.File, r record) error {
 	short, cancel := context.WithTimeout(ctx, regainTime)
 	defer cancel()
+	former := r.held()
 	if err := m.regainAll(short, &r); err != nil {
 		return err
 	}
-	return m.establish(ns, r)
+	return m.establish(ns, former, r)
 }
 
 // dropPending takes an attach back that was killed while it waited for addresses.

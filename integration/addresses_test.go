@@ -93,6 +93,18 @@ func TestAddresses(t *testing.T) {
 	t.Run("RemovedPeer", func(t *testing.T) {
 		w := w.in(t)
 		h := w.Host(3)
+		const fixed = "10.52.0.1/24" // outside the range
+		attach(h, "fixed", fixed)
+		other, err := w.Host(2).Netns(w.ctx, "takes-over")
+		w.try(err)
+		containers = append(containers, other)
+		w.try(lab.Until(w.ctx, 5*time.Second, fixed+" to be refused on another host", func() bool {
+			r, err := w.Host(2).Ctl(w.ctx, "attach", fixed, other.Ref)
+			if err == nil && r.Exit == 0 {
+				_, err = w.Host(2).Must(w.ctx, "detach", fixed, other.Ref)
+			}
+			return err == nil && r.Exit == 1 && strings.Contains(r.Stderr, "rmpeer")
+		}))
 		w.try(h.Kill(w.ctx, h.Meshd(), syscall.SIGKILL))
 		w.try(lab.Until(w.ctx, 20*time.Second, "h3 to be unreachable", func() bool {
 			out, err := w.Host(1).Must(w.ctx, "status", "ipam")
@@ -106,6 +118,10 @@ func TestAddresses(t *testing.T) {
 		if err != nil || strings.Contains(out, "unreachable") {
 			t.Errorf("after rmpeer: %v %q", err, out)
 		}
+		w.try(lab.Until(w.ctx, 5*time.Second, "what the lost peer had outside the range to be free on a third one", func() bool {
+			_, err := other.Attach(w.ctx, fixed)
+			return err == nil
+		}))
 		out, err = w.Host(1).Must(w.ctx, "rmpeer", "nobody")
 		if err != nil || !strings.Contains(out, "0") {
 			t.Errorf("rmpeer of nobody: %v %q", err, out)

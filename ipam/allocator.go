@@ -195,6 +195,8 @@ func (a *Allocator) perform(effects []effect) {
 		switch {
 		case e.call != nil:
 			e.call.answer(e.res)
+		case !e.lost.IsZero():
+			a.cfg.Lost(e.lost)
 		case e.broadcast != nil:
 			a.cfg.Network.Broadcast(mesh.ChanRing, e.broadcast)
 		default:
@@ -382,11 +384,12 @@ func (a *Allocator) LeaveAll(ctx context.Context) (int, error) {
 	return r.n, err
 }
 
-// Repair makes one cluster of this one and another one in sight, and returns the addresses on this host
-// that somebody else has too: these have to be renumbered. See repair.go for what it does.
-func (a *Allocator) Repair(ctx context.Context) ([]Collision, error) {
+// Repair makes one cluster of this one and another one in sight, or fills the gaps of the ring; that there is nothing
+// to do is no error. The collisions are addresses on this host that somebody else has too: these have to be
+// renumbered. See repair.go for what it does.
+func (a *Allocator) Repair(ctx context.Context) (Repaired, error) {
 	r, err := a.do(ctx, &call{op: opRepair})
-	return r.collisions, err
+	return r.repaired, err
 }
 
 // Status describes the present state.

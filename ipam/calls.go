@@ -36,6 +36,8 @@ type call struct {
 	lost   []ring.ID
 	heir   ring.ID
 	gaps   bool          // repair: is of gaps in the ring
+	merges bool          // and of two clusters
+	taken  uint64        // and took so many addresses that were nobody's
 	since  time.Duration // and when it began
 }
 

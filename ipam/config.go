@@ -44,6 +44,10 @@ type Config struct {
 	// WaitForLive holds addresses back until Reclaim was called once with what is running on this host.
 	WaitForLive bool
 
+	// Lost is told of a peer that is out of reach and was removed, here or by another peer, and may be told again. It
+	// must not block. nil: nobody wants to know.
+	Lost func(mesh.PeerName)
+
 	Store   Store
 	Network Network
 	Log     *slog.Logger // nil: none
@@ -74,17 +78,17 @@ const (
 
 // Errors that callers branch on.
 var (
-	ErrDisabled  = errors.New("address allocation is off: no range is set")
-	ErrFull      = errors.New("no free address")
-	ErrTaken     = errors.New("address in use")
-	ErrInvalid   = errors.New("invalid address")
-	ErrLeft      = errors.New("this peer has given its addresses away")
-	ErrAlive     = errors.New("that peer is alive")
-	ErrPending   = errors.New("recorded, not finished yet")
-	ErrChanged   = errors.New("the state file belongs to other settings")
-	ErrNoHeir    = errors.New("no heir")
-	ErrNoCluster = errors.New("no other cluster is in sight")
-	ErrStopped   = errors.New("address allocation has stopped")
+	ErrDisabled = errors.New("address allocation is off: no range is set")
+	ErrFull     = errors.New("no free address")
+	ErrTaken    = errors.New("address in use")
+	ErrInvalid  = errors.New("invalid address")
+	ErrLeft     = errors.New("this peer has given its addresses away")
+	ErrAlive    = errors.New("that peer is alive")
+	ErrPending  = errors.New("recorded, not finished yet")
+	ErrChanged  = errors.New("the state file belongs to other settings")
+	ErrNoHeir   = errors.New("no heir")
+	ErrNoRing   = errors.New("the range is not divided yet, so there is nothing to repair")
+	ErrStopped  = errors.New("address allocation has stopped")
 )
 
 const (
@@ -105,6 +109,9 @@ func (c Config) check() (Config, error) {
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Lost == nil {
+		c.Lost = func(mesh.PeerName) {}
 	}
 	if c.Grace == 0 {
 		c.Grace = defaultGrace

@@ -66,6 +66,7 @@ type core struct {
 	filling            int              // calls that wait for gaps in the ring to be filled
 	acked              map[ring.ID]bool // whose addresses are frozen: we told a colleague what we know
 	losses             map[ring.ID]*loss
+	toldLost           map[ring.ID]bool  // of whom Config.Lost has been told, or need not be
 	strays             map[ring.ID]int   // for how many looks one who left has owned something
 	past               map[uint64]uint64 // clusters that we left, and for which one
 	strangers          map[mesh.PeerName]stranger
@@ -122,16 +123,17 @@ type ownWrite struct {
 type effect struct {
 	to        mesh.PeerName // with msg
 	msg       []byte
-	broadcast []byte // a ring delta
-	call      *call  // with res: answer it
+	broadcast []byte        // a ring delta
+	lost      mesh.PeerName // to tell Config.Lost of
+	call      *call         // with res: answer it
 	res       result
 }
 
 type result struct {
-	prefix     netip.Prefix
-	n          int
-	collisions []Collision
-	err        error
+	prefix   netip.Prefix
+	n        int
+	repaired Repaired
+	err      error
 }
 
 // Buckets and keys of the state file.
@@ -156,7 +158,7 @@ const (
 func newCore(cfg Config, r *ring.Ring, rnd *rand.Rand) (*core, error) {
 	c := &core{cfg: cfg, rand: rnd, log: cfg.Log, ring: r, holds: newHolds(), peers: make(map[mesh.PeerName]*peer),
 		wants: make(map[netip.Prefix]*want), asks: make(map[uint32]*ask), granted: make(map[mesh.PeerName]*grantMade),
-		answered: make(map[mesh.PeerName]bool), acked: make(map[ring.ID]bool), losses: make(map[ring.ID]*loss), strays: make(map[ring.ID]int),
+		answered: make(map[mesh.PeerName]bool), acked: make(map[ring.ID]bool), losses: make(map[ring.ID]*loss), toldLost: make(map[ring.ID]bool), strays: make(map[ring.ID]int),
 		past: make(map[uint64]uint64), strangers: make(map[mesh.PeerName]stranger),
 		meta: make(map[string][]byte), dirtyMeta: make(map[string]bool), dirtyHolds: make(map[string]bool),
 		liveKnown: !cfg.WaitForLive, number: rnd.Uint32(), me: ring.ID{Peer: cfg.Name}}
@@ -172,6 +174,9 @@ func newCore(cfg Config, r *ring.Ring, rnd *rand.Rand) (*core, error) {
 	c.restarted = c.ring.Member(c.me).Flags&ring.Joined != 0
 	c.fresh = !c.restarted
 	c.seenGen = c.ring.Generation()
+	for _, m := range c.ring.Members() { // removed before this start: what they announced since then is theirs
+		c.toldLost[m.ID] = m.Fenced()
+	}
 	c.space = c.ownSpans()
 	c.judgeHolds()
 	return c, nil

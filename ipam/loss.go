@@ -46,6 +46,9 @@ func (c *core) startRemove(call *call) (goOn bool) {
 		c.reply(call, result{err: fmt.Errorf("%s: %w: run reset there", call, ErrAlive)})
 		return false
 	}
+	if c.suspect(call.peer) {
+		c.out = append(c.out, effect{lost: call.peer})
+	}
 	if c.ring.Cluster() == 0 {
 		c.reply(call, result{})
 		return false
@@ -136,6 +139,7 @@ func (c *core) handleLosses() {
 			c.declareLosses()
 		}
 		c.verifyLosses() // who is no member has a view as well
+		c.tellLost()
 	}
 	if !member {
 		return
@@ -247,6 +251,29 @@ func (c *core) verifyLosses() {
 	for _, name := range slices.SortedFunc(maps.Keys(todo), mesh.PeerName.Compare) {
 		c.send(name, c.compare(todo[name][:min(len(todo[name]), maxCompare)], 0))
 	}
+}
+
+// tellLost tells of those whom others have removed: what they announced, such as addresses outside the range, is free.
+// It is told once for a life. One that is here again under another life may go for a while as anybody may.
+func (c *core) tellLost() {
+	for _, m := range c.ring.Members() {
+		if !m.Fenced() || c.toldLost[m.ID] {
+			continue
+		}
+		switch {
+		case c.alive(m.ID.Peer):
+			c.toldLost[m.ID] = true
+		case c.suspect(m.ID.Peer):
+			c.toldLost[m.ID] = true
+			c.out = append(c.out, effect{lost: m.ID.Peer})
+		}
+	}
+}
+
+// suspect reports whether a peer is one that was here and is not.
+func (c *core) suspect(name mesh.PeerName) bool {
+	p := c.peers[name]
+	return p != nil && p.state == Suspect
 }
 
 // firstAlive reports whether this is the first of the members that are alive, in the order of IDs.

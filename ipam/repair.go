@@ -26,11 +26,23 @@ import (
 // The limit: they see each other. Who fills gaps while another who fills them is out of reach has the same addresses,
 // until they meet.
 
+// Repaired is what a repair came to.
+type Repaired struct {
+	Merged     bool   // this cluster and another one are one
+	Filled     bool   // there were addresses of nobody, which have owners now:
+	Taken      uint64 // of these, this peer took so many; the others were taken by another one
+	Collisions []Collision
+}
+
 // startRepair joins this cluster with another one in sight.
 func (c *core) startRepair(call *call) (goOn bool) {
 	call.since = c.now
+	if c.ring.Cluster() == 0 {
+		c.reply(call, result{err: fmt.Errorf("%s: %w: %s", call, ErrNoRing, c.notReady())})
+		return false
+	}
 	other := c.otherCluster()
-	if other == 0 || c.ring.Cluster() == 0 {
+	if other == 0 {
 		if len(c.holds.contest) > 0 || c.ring.Successor() != 0 {
 			return true // under way already
 		}
@@ -43,13 +55,10 @@ func (c *core) startRepair(call *call) (goOn bool) {
 			}
 			return true
 		}
-		if bad := c.collisions(); len(bad) > 0 {
-			c.reply(call, result{collisions: bad})
-			return false
-		}
-		c.reply(call, result{err: fmt.Errorf("%s: %w", call, ErrNoCluster)})
+		c.reply(call, result{repaired: Repaired{Collisions: c.collisions()}})
 		return false
 	}
+	call.merges = true
 	if other < c.ring.Cluster() {
 		c.giveWay(other)
 	}
@@ -90,10 +99,10 @@ func (c *core) tryRepair(call *call) bool {
 				return false
 			}
 		}
-		c.reply(call, result{collisions: c.collisions(), err: fmt.Errorf("%s: %w: the owners of %d addresses are unreachable", call, ErrPending, n)})
+		c.reply(call, result{err: fmt.Errorf("%s: %w: the owners of %d addresses are unreachable", call, ErrPending, n)})
 		return true
 	}
-	c.reply(call, result{collisions: c.collisions()})
+	c.reply(call, result{repaired: Repaired{Merged: call.merges, Filled: call.gaps, Taken: call.taken, Collisions: c.collisions()}})
 	return true
 }
 
@@ -123,6 +132,7 @@ func (c *core) fillGaps(call *call) {
 		c.log.Warn("took the addresses that nobody in reach knows the owner of", "addresses", n)
 		c.broadcast(d)
 		c.judgeHolds()
+		call.taken = n
 	}}
 }
 

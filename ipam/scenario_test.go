@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -266,6 +267,57 @@ func TestRemoveOnTwoAtOnce(t *testing.T) {
 	}
 }
 
+// TestLostIsTold: who removes a peer is told at once that it is lost, the others soon after; nobody is told while it is
+// there, or when it goes once more.
+func TestLostIsTold(t *testing.T) {
+	w := cluster(t, 7, 3, "10.32.0.0/24")
+	a, b, dead := w.nodes[0], w.nodes[1], w.nodes[2]
+	for _, n := range w.nodes {
+		w.get(n, "c-"+n.String(), w.rangep, time.Minute)
+	}
+	want := func(when string, n *node, times int) {
+		t.Helper()
+		if len(n.lost) != times || times > 0 && n.lost[0] != dead.name {
+			t.Errorf("%s, %s was told of %v, want it %d times", when, n, n.lost, times)
+		}
+		n.lost = nil
+	}
+	dead.kill()
+	w.run(5 * time.Second)
+	w.declareLost(a, dead)
+	w.run(3 * time.Second)
+	want("removed by it", a, 2) // by the call, and by the ring
+	want("removed by another", b, 1)
+	dead.start()
+	w.run(30 * time.Second)
+	a.kill()
+	w.run(time.Second)
+	a.start()
+	w.run(30 * time.Second)
+	dead.kill()
+	w.run(5 * time.Second)
+	want("restarted, and the other has gone again", a, 0)
+	want("the other has gone again", b, 0)
+	w.declareLost(b, dead)
+	w.run(5 * time.Second)
+	want("removed again by it", b, 2)
+	want("removed again by another", a, 1)
+	w.must(t)
+}
+
+// TestLostWithoutRing: one that has no part in the ring may have had addresses outside the range.
+func TestLostWithoutRing(t *testing.T) {
+	w := cluster(t, 8, 2, "10.32.0.0/24")
+	w.run(5 * time.Second)
+	w.nodes[1].kill()
+	w.run(5 * time.Second)
+	w.declareLost(w.nodes[0], w.nodes[1])
+	w.run(time.Second)
+	if got, want := w.nodes[0].lost, []mesh.PeerName{w.nodes[1].name}; !slices.Equal(got, want) {
+		t.Errorf("told of %v, want %v", got, want)
+	}
+}
+
 func TestReset(t *testing.T) {
 	w := cluster(t, 6, 3, "10.32.0.0/24")
 	a, b := w.nodes[0], w.nodes[1]
@@ -401,6 +453,14 @@ func TestGaps(t *testing.T) {
 	if got == nil || got.err != nil || n.core.ring.Unowned() > 0 {
 		t.Fatalf("repair: %+v, %d of nobody", got, n.core.ring.Unowned())
 	}
+	if want := (Repaired{Filled: true, Taken: 56}); !reflect.DeepEqual(got.repaired, want) {
+		t.Errorf("repair: got %+v, want %+v", got.repaired, want)
+	}
+	n.launch(&call{op: opRepair, answer: func(r result) { got = &r }}, 20*time.Second)
+	w.run(time.Second)
+	if got.err != nil || !reflect.DeepEqual(got.repaired, Repaired{}) {
+		t.Errorf("with nothing left to repair: %+v", got)
+	}
 	if p, err := w.get(n, "c", w.rangep, 20*time.Second); err != nil || p.Addr() != netip.MustParseAddr("10.32.0.1") {
 		t.Errorf("repaired: %v, %v", p, err)
 	}
@@ -430,9 +490,9 @@ func TestRepairOnTwoAtOnce(t *testing.T) {
 	for seed := range int64(200) {
 		w := gaps(t, seed, 3) // the third one only looks on
 		w.loss = float64(seed%5) * 0.12
-		var done []error
+		var done []result
 		for i, n := range w.nodes[:2] {
-			n.launch(&call{op: opRepair, answer: func(r result) { done = append(done, r.err) }}, time.Minute)
+			n.launch(&call{op: opRepair, answer: func(r result) { done = append(done, r) }}, time.Minute)
 			for j := range 5 {
 				w.allocate(n, fmt.Sprintf("c%d.%d", i, j), w.rangep)
 			}
@@ -440,8 +500,8 @@ func TestRepairOnTwoAtOnce(t *testing.T) {
 		}
 		w.run(30 * time.Second)
 		// The second one may come when nothing is left to do.
-		if w.err == nil && (len(done) != 2 || done[0] != nil || done[1] != nil && !errors.Is(done[1], ErrNoCluster)) {
-			t.Errorf("seed %d: repairs: %v", seed, done)
+		if w.err == nil && (len(done) != 2 || done[0].err != nil || done[1].err != nil || done[0].repaired.Taken+done[1].repaired.Taken != 40) {
+			t.Errorf("seed %d: repairs: %+v", seed, done)
 		}
 		for _, n := range w.nodes {
 			if got := n.core.ring.Conflicts(); len(got) > 0 || len(n.core.collisions()) > 0 {

@@ -104,6 +104,7 @@ type node struct {
 	calls map[*call]time.Time // waiting, until when
 	seen  map[*node]time.Time // last time reachable
 	state map[*node]PeerState
+	lost  []mesh.PeerName         // as told by Config.Lost
 	known map[string]netip.Prefix // acknowledged, by owner and subnet, to be found again after a restart
 
 	looked, counted uint64 // generations of the ring that noteOwnFences and noteFences have seen
@@ -263,6 +264,8 @@ func (n *node) perform(e effect) {
 	case e.call != nil:
 		delete(n.calls, e.call)
 		e.call.answer(e.res)
+	case !e.lost.IsZero():
+		n.lost = append(n.lost, e.lost)
 	case e.broadcast != nil:
 		if len(e.broadcast) > maxBody {
 			w.fail("a delta of %d bytes", len(e.broadcast))
@@ -1177,7 +1180,7 @@ func (w *world) repair() {
 		if n == nil || w.err != nil {
 			return
 		}
-		call := &call{op: opRepair, answer: func(r result) { w.trace("%s: repair: %v, %v", n, r.collisions, r.err) }}
+		call := &call{op: opRepair, answer: func(r result) { w.trace("%s: repair: %v, %v", n, r.repaired, r.err) }}
 		w.trace("%s: repair", n)
 		w.counts["repairs"]++
 		n.launch(call, 20*time.Second)

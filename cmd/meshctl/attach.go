@@ -24,7 +24,10 @@ func (a *app) attachCommand() *cobra.Command {
 		Use:   "attach [<address>...] <container>",
 		Short: "Give a container an interface on the mesh",
 		Long: `Gives a container an interface on the mesh with the given addresses and prints them. The container
-is an id, a name, pid:N or netns:PATH. Attaching again adds addresses.
+is an id, a name, pid:N or netns:PATH. Attaching again adds addresses: to give it another address
+instead, attach it with that one and then detach it from the former one. Only an address that is another
+container's as well, as "status" says after two clusters met, goes by itself when an address of its subnet
+is asked for.
 
 ` + addressHelp,
 		RunE: func(cmd *cobra.Command, args []string) error {

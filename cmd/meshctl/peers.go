@@ -56,7 +56,8 @@ func (a *app) rmpeerCommand() *cobra.Command {
 		Use:   "rmpeer <name|nickname>...",
 		Short: "Take over the addresses of peers that are gone for good",
 		Long: `Takes over the address space of peers that have gone and will not come back, each by its name or
-nickname, and prints how many addresses that was: 0 for a peer that is unknown or this one.`,
+nickname, and prints how many addresses that was: 0 for a peer that is unknown or this one. Addresses
+outside the range that its containers had can be used again as well.`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
@@ -105,8 +106,9 @@ func (a *app) ipamCommand() *cobra.Command {
 		Use:   "ipam repair",
 		Short: "Merge two clusters that divided the same range on their own",
 		Long: `Merges the address ring of another cluster, which this one has met and set aside, into this
-one's, and prints which containers must be given other addresses. If nobody in reach knows who
-owns a part of the range, as "status ipam" then says, this peer takes that part.`,
+one's, and prints which containers must be given other addresses, and the command for each. If nobody
+in reach knows who owns a part of the range, as "status" then says, this peer takes that part. What was
+done is printed; where there is nothing to repair, that is no failure.`,
 		ValidArgs: []string{"repair"},
 		Args:      cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {

@@ -195,17 +195,38 @@ func (a addressRing) Leave(ctx context.Context) error {
 }
 
 func (a addressRing) Repair(ctx context.Context) (string, error) {
-	collisions, err := a.h.addresses.Repair(ctx)
+	done, err := a.h.addresses.Repair(ctx)
 	if err != nil {
 		return "", err
 	}
-	if len(collisions) == 0 {
-		return "the rings are one; nothing has to be renumbered\n", nil
-	}
+	return repairText(done, a.h.containers.Called), nil
+}
+
+// repairText says what a repair came to; called is what commands call an owner by.
+func repairText(done ipam.Repaired, called func(owner string) string) string {
 	var b strings.Builder
-	b.WriteString("the rings are one; these have to be renumbered:\n")
-	for _, c := range collisions {
-		fmt.Fprintf(&b, "%s of %s, which %s has too\n", c.Addr, c.Owner, c.With)
+	switch {
+	case done.Merged:
+		b.WriteString("the two clusters are one\n")
+	case done.Taken > 0:
+		fmt.Fprintf(&b, "this peer took %d addresses that nobody in reach knew the owner of\n", done.Taken)
+	case done.Filled:
+		b.WriteString("the addresses that nobody owned are another peer's meanwhile\n")
+	default:
+		b.WriteString("nothing to repair: all addresses of the range have an owner, and no peer in reach belongs to another cluster\n")
 	}
-	return b.String(), nil
+	for _, c := range done.Collisions {
+		b.WriteString(collisionText(c, called) + "\n")
+	}
+	return b.String()
+}
+
+// collisionText says who has the same address, and which command gives the container here another one in its place.
+func collisionText(c ipam.Collision, called func(owner string) string) string {
+	who := called(c.Owner)
+	command := fmt.Sprintf("meshctl attach net:%v %s", c.Addr.Masked(), who)
+	if c.Owner == mesh.OwnerExpose {
+		command = fmt.Sprintf("meshctl expose net:%v", c.Addr.Masked())
+	}
+	return fmt.Sprintf("%v of %s is also held by %s; another one in its place: %s", c.Addr, who, c.With, command)
 }

@@ -21,6 +21,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/spf13/pflag"
 
+	"meshd/ipam"
 	"meshd/mesh"
 )
 
@@ -506,6 +507,28 @@ func TestLogHasOptionsAndNoSecrets(t *testing.T) {
 	}
 	if strings.Contains(b.String(), "hunter2") {
 		t.Errorf("the password is in %s", b.String())
+	}
+}
+
+func TestRepairText(t *testing.T) {
+	called := func(owner string) string { return "called " + owner }
+	for _, c := range []struct {
+		done ipam.Repaired
+		want string
+	}{
+		{ipam.Repaired{}, "nothing to repair: all addresses of the range have an owner, and no peer in reach belongs to another cluster\n"},
+		{ipam.Repaired{Filled: true}, "the addresses that nobody owned are another peer's meanwhile\n"},
+		{ipam.Repaired{Filled: true, Taken: 56}, "this peer took 56 addresses that nobody in reach knew the owner of\n"},
+		{ipam.Repaired{Merged: true, Collisions: []ipam.Collision{
+			{Holding: ipam.Holding{Owner: "c1", Addr: netip.MustParsePrefix("10.32.0.1/24")}, With: "0a:00:00:00:00:00"},
+			{Holding: ipam.Holding{Owner: mesh.OwnerExpose, Addr: netip.MustParsePrefix("10.32.1.1/24")}, With: "web"},
+		}}, "the two clusters are one\n" +
+			"10.32.0.1/24 of called c1 is also held by 0a:00:00:00:00:00; another one in its place: meshctl attach net:10.32.0.0/24 called c1\n" +
+			"10.32.1.1/24 of called mesh:expose is also held by web; another one in its place: meshctl expose net:10.32.1.0/24\n"},
+	} {
+		if got := repairText(c.done, called); got != c.want {
+			t.Errorf("%+v: got %q, want %q", c.done, got, c.want)
+		}
 	}
 }
 

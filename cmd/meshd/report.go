@@ -80,7 +80,7 @@ func (h *house) ipamReport(st gossip.Status, problems *[]string) *control.IPAM {
 		})
 	}
 	for _, c := range s.Collisions {
-		r.Conflicts = append(r.Conflicts, fmt.Sprintf("%v of %s is also held by %s: renumber one of them", c.Addr, c.Owner, c.With))
+		r.Conflicts = append(r.Conflicts, collisionText(c, h.containers.Called))
 	}
 	for _, x := range s.Strangers {
 		r.Conflicts = append(r.Conflicts, strangerText(x, nickOf(st, x.Peer), s))

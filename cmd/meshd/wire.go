@@ -314,6 +314,7 @@ func (h *house) buildAddresses() error {
 			Mode: map[InitMode]ipam.Mode{InitConsensus: ipam.Consensus, InitSeed: ipam.Seed, InitObserver: ipam.Observer}[a.Init],
 			N:    a.Peers, Seed: a.Seeds,
 		},
+		Lost:         func(name mesh.PeerName) { h.records.SetPeerState(name, records.Gone) },
 		ReclaimAfter: a.ReclaimAfter, WaitForLive: true, Store: h.state, Network: h, Log: h.log.With("room", "ipam"),
 	})
 	if err != nil {
