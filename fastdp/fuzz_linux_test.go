@@ -55,7 +55,7 @@ func breach(f []byte) string {
 	if mesh.MAC(f[6:12]) != mine {
 		return "source MAC"
 	}
-	if f[0] == 1 && f[1] == 0x80 && f[2] == 0xc2 && f[3] == 0 && f[4] == 0 && f[5] < 16 {
+	if f[0] == 1 && f[1] == 0x80 && f[2] == 0xc2 && f[3] == 0 && f[4] == 0 && f[5] < 16 || bytes.HasPrefix(f, []byte{1, 0, 0xc, 0xcc, 0xcc}) && (f[5] == 0xcc || f[5] == 0xcd) {
 		return "link control"
 	}
 	p := f[14:]
@@ -89,7 +89,7 @@ func breach4(p []byte) string {
 	if binary.BigEndian.Uint16(p[6:])&0x1fff != 0 || l4 < 20 {
 		return ""
 	}
-	if p[9] == 17 && (len(p) < l4+2 || binary.BigEndian.Uint16(p[l4:]) == 67) {
+	if p[9] == 17 && (len(p) < l4+4 || binary.BigEndian.Uint16(p[l4:]) == 67 || binary.BigEndian.Uint16(p[l4+2:]) == 68) {
 		return "DHCP"
 	}
 	if p[9] == 1 && (len(p) < l4+1 || p[l4] == 5) {
@@ -126,7 +126,7 @@ func breach6(p []byte) string {
 			next, p = p[0], p[8:]
 			continue
 		case 17:
-			if len(p) >= 2 && binary.BigEndian.Uint16(p) == 547 {
+			if len(p) >= 4 && (binary.BigEndian.Uint16(p) == 547 || binary.BigEndian.Uint16(p[2:]) == 546) {
 				return "DHCPv6"
 			}
 		case 58:

@@ -229,6 +229,8 @@ func TestPortIn(t *testing.T) {
 		{"LLDP", ether(mesh.MAC{1, 0x80, 0xc2, 0, 0, 0xe}, mine, 0x88cc, 2, 7), dropped, "drop_link_control"},
 		{"LLDP unicast", ether(near, mine, 0x88cc, 2, 7), dropped, "drop_link_control"},
 		{"BPDU to another group", ether(mesh.MAC{1, 0, 0xc, 0xcc, 0xcc, 0xcd}, mine, 0x0026, 0x42, 0x42, 3, 0, 0), dropped, "drop_link_control"},
+		{"Cisco's BPDU", ether(mesh.MAC{1, 0, 0xc, 0xcc, 0xcc, 0xcd}, mine, 0x0032, 0xaa, 0xaa, 3, 0, 0, 0xc, 1, 0xb), dropped, "drop_link_control"},
+		{"Cisco's discovery", ether(mesh.MAC{1, 0, 0xc, 0xcc, 0xcc, 0xcc}, mine, 0x0032, 0xaa, 0xaa, 3, 0, 0, 0xc, 0x20, 0), dropped, "drop_link_control"},
 		{"LLC cut short", ether(near, mine, 0x0026), dropped, "drop_malformed"},
 		{"ARP in another's name", ether(all, mine, 0x0806, arp(1, mine, "10.32.0.2", mesh.MAC{}, "10.32.0.3")...), dropped, "drop_arp"},
 		{"ARP reply in another's name", ether(near, mine, 0x0806, arp(2, mine, "10.32.0.3", near, "10.32.0.2")...), dropped, "drop_arp"},
@@ -256,6 +258,8 @@ func TestPortIn(t *testing.T) {
 		{"ICMP redirect", v4(near, ip4("10.32.0.1", "10.32.0.2", 1, 5, 1, 0, 0, 0, 0, 0, 0)), dropped, "drop_redirect"},
 		{"DHCP server", v4(near, ip4("10.32.0.1", "10.32.0.2", 17, udp(67, 68)...)), dropped, "drop_dhcp"},
 		{"DHCPv6 server", v6(ip6(linkLocal, "fe80::1", 17, udp(547, 546)...)), dropped, "drop_dhcp"},
+		{"DHCP server at any port", v4(near, ip4("10.32.0.1", "10.32.0.2", 17, udp(1067, 68)...)), dropped, "drop_dhcp"},
+		{"DHCPv6 server at any port", v6(ip6(linkLocal, "fe80::1", 17, udp(1547, 546)...)), dropped, "drop_dhcp"},
 		{"to a foreign network", v4(alien, ip4("10.32.0.1", "10.99.0.1", 6)), dropped, "drop_isolated"},
 	}
 	for _, c := range cases {
@@ -267,8 +271,8 @@ func TestPortIn(t *testing.T) {
 	// Every drop is on the port's account too.
 	var n uint64
 	key := bpfOffenceKey{Ifindex: lo, Reason: bpfReasonDROP_LINK_CONTROL}
-	if err := b.bpfObjects.Offences.Lookup(&key, &n); err != nil || n != 5 {
-		t.Errorf("offences: got %d, %v, want 5", n, err)
+	if err := b.bpfObjects.Offences.Lookup(&key, &n); err != nil || n != 7 {
+		t.Errorf("offences: got %d, %v, want 7", n, err)
 	}
 }
 

@@ -22,7 +22,11 @@ const (
 	arpRequest = 1
 	arpReply   = 2
 
+	protoHopByHop     = 0
+	protoRouting      = 43
 	protoICMP6        = 58
+	protoDestOpts     = 60
+	mostExtensions    = 8 // headers before ICMPv6; the kernel takes neighbour discovery behind them
 	neighbourSolicit  = 135
 	neighbourAdvert   = 136
 	optionSource      = 1
@@ -33,11 +37,16 @@ const (
 	minimumHopLimitND = 255
 )
 
-// linkControl is the block of addresses that bridges must not forward (IEEE 802.1D 7.12.6): spanning
-// tree, LACP, LLDP.
-var linkControl = [5]byte{0x01, 0x80, 0xc2, 0x00, 0x00}
+// Groups of what bridges and switches say to each other: those that bridges must not forward (IEEE 802.1D 7.12.6),
+// for spanning tree, LACP and LLDP, and Cisco's for the same.
+var (
+	linkControl  = [5]byte{0x01, 0x80, 0xc2, 0x00, 0x00}
+	ciscoControl = [5]byte{0x01, 0x00, 0x0c, 0xcc, 0xcc}
+)
 
-func isLinkControl(m mesh.MAC) bool { return [5]byte(m[:5]) == linkControl && m[5] < 0x10 }
+func isLinkControl(m mesh.MAC) bool {
+	return m[5] < 0x10 && [5]byte(m[:5]) == linkControl || m[5]&^1 == 0xcc && [5]byte(m[:5]) == ciscoControl
+}
 
 // parseEther returns the addresses and the type of a frame.
 func parseEther(f []byte) (dst, src mesh.MAC, kind uint16, ok bool) {
@@ -52,6 +61,7 @@ type neighbour struct {
 	request  bool
 	sender   netip.Addr // unspecified: it asks whether somebody has target (RFC 5227, RFC 4862)
 	mac      mesh.MAC   // that the packet gives for sender, or for target in an advertisement; may be zero
+	unsure   bool       // it gives another one as well: receivers differ in which they take
 	target   netip.Addr
 	announce bool // says where an address is without having been asked
 }
@@ -76,8 +86,11 @@ func parseNeighbour(kind uint16, b []byte) (n neighbour, ok bool) {
 }
 
 func parseARP(b []byte) (n neighbour, ok bool) {
-	// hardware Ethernet, protocol IPv4, lengths 6 and 4
-	if len(b) < arpLength || binary.BigEndian.Uint64(b)>>16 != 0x0001_0800_0604 {
+	// hardware Ethernet, or IEEE 802, which receivers take for the same; protocol IPv4, lengths 6 and 4
+	if len(b) < arpLength {
+		return n, false
+	}
+	if form := binary.BigEndian.Uint64(b) >> 16; form != 0x0001_0800_0604 && form != 0x0006_0800_0604 {
 		return n, false
 	}
 	op := binary.BigEndian.Uint16(b[6:])
@@ -95,14 +108,27 @@ func parseARP(b []byte) (n neighbour, ok bool) {
 }
 
 func parseND(b []byte) (n neighbour, ok bool) {
-	if len(b) < ip6Header+ndLength || b[0]>>4 != 6 || b[6] != protoICMP6 || b[7] != minimumHopLimitND {
+	if len(b) < ip6Header+ndLength || b[0]>>4 != 6 || b[7] != minimumHopLimitND {
 		return n, false
 	}
 	size := int(binary.BigEndian.Uint16(b[4:]))
 	if size < ndLength || size > len(b)-ip6Header {
 		return n, false
 	}
-	icmp := b[ip6Header : ip6Header+size]
+	icmp, next := b[ip6Header:ip6Header+size], b[6]
+	for range mostExtensions {
+		if next != protoHopByHop && next != protoRouting && next != protoDestOpts {
+			break
+		}
+		length := 8 + 8*int(icmp[1])
+		if len(icmp)-length < ndLength {
+			return n, false
+		}
+		next, icmp = icmp[0], icmp[length:]
+	}
+	if next != protoICMP6 {
+		return n, false
+	}
 	kind := icmp[0]
 	if kind != neighbourSolicit && kind != neighbourAdvert || icmp[1] != 0 {
 		return n, false
@@ -122,8 +148,9 @@ func parseND(b []byte) (n neighbour, ok bool) {
 		if length == 0 || length > len(opts) {
 			return n, false // RFC 4861, 4.6: such a packet is to be dropped whole
 		}
-		if opts[0] == want {
-			n.mac = mesh.MAC(opts[2:8])
+		if mac := mesh.MAC(opts[2:8]); opts[0] == want {
+			n.unsure = n.unsure || !n.mac.IsZero() && n.mac != mac
+			n.mac = mac
 		}
 		opts = opts[length:]
 	}

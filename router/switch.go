@@ -95,6 +95,9 @@ func (s *Switch) FromBridge(frame, scratch []byte, now time.Time) Decision {
 		return s.drop(ReasonMoved)
 	}
 	if n, ok := parseNeighbour(kind, frame[etherHeader:]); ok {
+		if s.usurps(&n, func(holder) bool { return true }) {
+			return s.drop(ReasonNeighbour)
+		}
 		if d, decided := s.neighbour(&n, dst, src, &sender, announced, scratch); decided {
 			return d
 		}
@@ -129,16 +132,28 @@ func (s *Switch) FromBridge(frame, scratch []byte, now time.Time) Decision {
 	return Decision{Verdict: Flood, Peers: to}
 }
 
+// usurps reports whether an ARP or ND packet gives a MAC for an address that others are known to have, and none of them at
+// that MAC. stands says whether a holder counts.
+func (s *Switch) usurps(n *neighbour, stands func(holder) bool) bool {
+	claimed := n.claims()
+	if claimed.IsUnspecified() || n.mac.IsZero() {
+		return false
+	}
+	others := false
+	for _, h := range s.known.holders(claimed) {
+		if h.mac == n.mac && !n.unsure {
+			return false
+		}
+		others = others || stands(h)
+	}
+	return others
+}
+
 // neighbour looks at an ARP or ND packet from the bridge. It answers a request for an announced address
 // of another peer. It does not answer where somebody asks whether an address is taken (no sender) or says
 // that it has it now: those must reach who has the address, or duplicate address detection would be
 // answered by a table that may be behind.
 func (s *Switch) neighbour(n *neighbour, dst, src mesh.MAC, sender *known, announced bool, scratch []byte) (Decision, bool) {
-	if claimed := n.claims(); !claimed.IsUnspecified() && !n.mac.IsZero() {
-		if holders := s.known.holders(claimed); len(holders) > 0 && !slices.ContainsFunc(holders, func(h holder) bool { return h.mac == n.mac }) {
-			return s.drop(ReasonNeighbour), true
-		}
-	}
 	if !n.request || n.announce || n.sender.IsUnspecified() || !dst.IsMulticast() || n.mac != src {
 		return Decision{}, false
 	}
@@ -164,7 +179,7 @@ func (s *Switch) neighbour(n *neighbour, dst, src mesh.MAC, sender *known, annou
 // FromPeer decides on a frame that arrived by tunnel from src, end to end. It is delivered to the bridge
 // or dropped, and never sent on.
 func (s *Switch) FromPeer(frame []byte, src mesh.PeerName, now time.Time) Decision {
-	dst, from, _, ok := parseEther(frame)
+	dst, from, kind, ok := parseEther(frame)
 	if !ok {
 		return s.drop(ReasonRunt)
 	}
@@ -182,6 +197,11 @@ func (s *Switch) FromPeer(frame []byte, src mesh.PeerName, now time.Time) Decisi
 	} else if number, ok := s.peers.Load().number[src]; ok {
 		s.learned.learn(from, number, s.seconds(now))
 	}
+	// A peer that turned must not say that another's address is with it. What belonged to one that is out of reach may have
+	// moved there.
+	if n, ok := parseNeighbour(kind, frame[etherHeader:]); ok && s.usurps(&n, func(h holder) bool { return h.peer != src && s.inReach(h.peer) }) {
+		return s.drop(ReasonNeighbour)
+	}
 	if !dst.IsMulticast() {
 		if to, ok := s.known.mac(dst); ok {
 			switch {
@@ -193,6 +213,11 @@ func (s *Switch) FromPeer(frame []byte, src mesh.PeerName, now time.Time) Decisi
 		}
 	}
 	return Decision{Verdict: Deliver}
+}
+
+func (s *Switch) inReach(peer mesh.PeerName) bool {
+	_, ok := slices.BinarySearchFunc(s.peers.Load().all, peer, mesh.PeerName.Compare)
+	return ok || peer == s.self
 }
 
 // SetEndpoints replaces all announced endpoints, this peer's own among them.

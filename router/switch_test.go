@@ -171,6 +171,7 @@ func TestFromPeer(t *testing.T) {
 		{"runt", 2, make([]byte, 5), "drop runt"},
 		{"group source", 2, frame(mc(11), broadcast, 1), "drop source"},
 		{"control", 2, frame(mesh.MAC{1, 0x80, 0xc2}, mc(21), 1), "drop link_control"},
+		{"Cisco's control", 2, frame(mesh.MAC{1, 0, 0xc, 0xcc, 0xcc, 0xcd}, mc(21), 1), "drop link_control"},
 		{"for us", 2, frame(mc(11), mc(21), 0x800), "deliver"},
 		{"broadcast", 2, frame(broadcast, mc(21), 0x800), "deliver"},
 		{"from a VM there", 4, frame(mc(11), vm, 0x800), "deliver"},
@@ -181,10 +182,60 @@ func TestFromPeer(t *testing.T) {
 		{"with our endpoint's source", 2, frame(mc(12), mc(11), 0x800), "drop forged_source"},
 		{"with a third's source", 2, frame(mc(11), mc(31), 0x800), "drop forged_source"},
 		{"from a peer that nobody knows", 9, frame(mc(11), vm, 0x800), "deliver"},
+		{"who has its own address", 2, arp(2, mc(11), mc(21), "10.2.1.2", mc(11), "10.2.1.1"), "deliver"},
+		{"who announces it with another MAC", 2, arp(1, broadcast, vm, "10.2.1.2", mesh.MAC{}, "10.2.1.2"), "deliver"},
+		{"who takes what belonged to one out of reach", 2, arp(1, broadcast, mc(21), "10.2.1.5", mesh.MAC{}, "10.2.1.5"), "deliver"},
+		{"who asks whether ours is taken", 2, arp(1, broadcast, mc(21), "0.0.0.0", mesh.MAC{}, "10.2.1.1"), "deliver"},
+		{"who says that ours is with it", 2, arp(2, broadcast, mc(21), "10.2.1.1", mesh.MAC{}, "10.2.1.1"), "drop neighbour"},
+		{"who says that a third's is with it", 2, arp(2, mc(11), mc(21), "10.3.0.2", mc(11), "10.2.1.1"), "drop neighbour"},
+		{"who asks as a third", 2, arp(1, mc(11), mc(21), "10.3.0.2", mesh.MAC{}, "10.2.1.1"), "drop neighbour"},
+		{"who says so with a VM's MAC", 4, arp(2, mc(11), vm, "10.2.1.2", mc(11), "10.2.1.1"), "drop neighbour"},
+		{"who asks as a third by IPv6", 4, solicit(t, vm, "fd00::2", "fd00::1", true), "drop neighbour"},
 	} {
 		s := testSwitch()
 		if got := describe(s.FromPeer(c.frame, pn(c.from), t0)); got != c.want {
 			t.Errorf("%s: got %s, want %s", c.name, got, c.want)
+		}
+	}
+}
+
+// Forms of ARP and neighbour discovery that the kernel takes and that are not the usual ones say nothing of others either.
+func TestOddNeighbours(t *testing.T) {
+	mac := mc(21)
+	claim := func(options ...mesh.MAC) []byte { // an advertisement for fd00::1, which is at mc(11)
+		target := netip.MustParseAddr("fd00::1")
+		f := frame(mc(12), mac, typeIPv6, 0x60, 0, 0, 0, 0, byte(ndLength+8*len(options)), protoICMP6, 255)
+		f = append16(append16(f, netip.MustParseAddr("fd00::2")), netip.MustParseAddr("fd00::1"))
+		f = append16(append(f, neighbourAdvert, 0, 0, 0, advertOverride, 0, 0, 0), target)
+		for _, m := range options {
+			f = append(append(f, optionTarget, 1), m[:]...)
+		}
+		return f
+	}
+	behind := func(f []byte, headers ...byte) []byte {
+		f = slices.Clone(f)
+		for _, kind := range headers {
+			at := etherHeader + ip6Header
+			next := f[etherHeader+6]
+			f[etherHeader+6], f[etherHeader+5] = kind, f[etherHeader+5]+8
+			f = slices.Insert(f, at, next, 0, 1, 4, 0, 0, 0, 0)
+		}
+		return f
+	}
+	odd := arp(2, mc(12), mac, "10.2.1.1", mc(12), "10.2.1.9")
+	odd[etherHeader+1] = 6
+	for name, f := range map[string][]byte{
+		"IEEE 802 ARP": odd, "plain": claim(mac), "the right MAC second": claim(mac, mc(11)), "the right MAC first": claim(mc(11), mac),
+		"behind hop-by-hop options": behind(claim(mac), protoHopByHop), "behind a routing header": behind(claim(mac), protoRouting),
+		"behind three": behind(claim(mac), protoDestOpts, protoRouting, protoHopByHop),
+	} {
+		s := testSwitch()
+		if got := describe(s.FromPeer(f, pn(2), t0)); got != "drop neighbour" {
+			t.Errorf("%s, from a peer: %s", name, got)
+		}
+		s.SetEndpoints([]mesh.Endpoint{ep(1, 21, "10.2.1.2/24", "fd00::2/64"), ep(2, 11, "10.2.1.1/24", "fd00::1/64")})
+		if got := describe(s.FromBridge(f, nil, t0)); got != "drop neighbour" {
+			t.Errorf("%s, from the bridge: %s", name, got)
 		}
 	}
 }

@@ -55,6 +55,18 @@ inline_ int guard_arp(const struct port *port, const struct arp *a, void *end)
 	return DROP_ARP;
 }
 
+// What is from a DHCP server, or for a client: clients do not look at the port that it comes from.
+inline_ int is_dhcp(const struct udp *udp, __u16 server, __u16 client)
+{
+	return udp->sport == server || udp->dport == client ? DROP_DHCP : 0;
+}
+
+// Groups that switches speak in: 01:80:c2:00:00:0x (IEEE 802.1D 7.12.6), and Cisco's for the same, 01:00:0c:cc:cc:cc and :cd.
+inline_ int is_link_control(__u64 mac)
+{
+	return (mac & 0xf0ffffffffffULL) == 0xc28001ULL || (mac & 0xfeffffffffffULL) == 0xcccccc0c0001ULL;
+}
+
 inline_ int guard_ip4(const struct port *port, const struct ip4 *ip, void *end)
 {
 	__u32 len;
@@ -75,7 +87,7 @@ inline_ int guard_ip4(const struct port *port, const struct ip4 *ip, void *end)
 		return DROP_MALFORMED;
 	if (ip->protocol == PROTO_ICMP)
 		return *(__u8 *)l4 == ICMP_REDIRECT ? DROP_REDIRECT : 0;
-	return l4->sport == be16(67) ? DROP_DHCP : 0;
+	return is_dhcp(l4, be16(67), be16(68));
 }
 
 // An ICMPv6 message at offset off. Read by copies: behind extension headers it may lie anywhere.
@@ -140,7 +152,7 @@ static __attribute__((noinline)) int guard_extensions(struct __sk_buff *skb, con
 		case PROTO_UDP:
 			if (bpf_skb_load_bytes(skb, off, h, 8))
 				return DROP_MALFORMED;
-			return ((struct udp *)h)->sport == be16(547) ? DROP_DHCP : 0;
+			return is_dhcp((struct udp *)h, be16(547), be16(546));
 		case PROTO_HOPOPTS:
 		case PROTO_ROUTING:
 		case PROTO_DESTOPTS:
@@ -206,7 +218,7 @@ inline_ int guard(struct __sk_buff *skb, const struct port *port, const struct e
 		return DROP_SOURCE_MAC;
 	if (skb->vlan_present || eth->type == be16(0x8100) || eth->type == be16(0x88a8))
 		return DROP_VLAN;
-	if (unlikely((read_mac(eth->dst) & 0xf0ffffffffffULL) == 0xc28001ULL))
+	if (unlikely(is_link_control(read_mac(eth->dst))))
 		return DROP_LINK_CONTROL;
 	switch (eth->type) {
 	case ETH_IP4:

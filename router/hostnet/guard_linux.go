@@ -38,7 +38,8 @@ func guardRules(ports []mesh.Port) (chains []chain) {
 		base.devices = append(base.devices, p.HostEnd)
 
 		port.add("another's MAC", bytesAt(expr.PayloadBaseLLHeader, 6, p.MAC[:], expr.CmpOpNeq), drop())
-		port.add("link control", linkControl(), drop())
+		port.add("link control", group([]byte{0x01, 0x80, 0xc2, 0, 0, 0}, 0xf0), drop()) // IEEE 802.1D 7.12.6
+		port.add("Cisco's link control", group([]byte{0x01, 0, 0x0c, 0xcc, 0xcc, 0xcc}, 0xfe), drop())
 		port.add("link discovery", etherType(etherTypeLLDP), drop())
 		// Below 0x600 the type is a length, and an LLC header follows (IEEE 802.3 3.2.6).
 		port.add("spanning tree", bytesAt(expr.PayloadBaseLLHeader, 12, []byte{6, 0}, expr.CmpOpLt),
@@ -69,14 +70,16 @@ func guardRules(ports []mesh.Port) (chains []chain) {
 		}
 		arp.add("another's address", drop())
 
-		ip4.add("DHCP server", sourcePort(67), drop())
+		ip4.add("DHCP server", udpPort(0, 67), drop())
+		ip4.add("to a DHCP client", udpPort(2, 68), drop()) // which does not look at the port that it comes from
 		ip4.add("redirect", icmpType(unix.IPPROTO_ICMP, icmpRedirect), drop())
 		for _, a := range own4 {
 			ip4.add("from "+a.String(), addrAt(12, a), ret())
 		}
 		ip4.add("another's address", drop())
 
-		ip6.add("DHCP server", sourcePort(547), drop())
+		ip6.add("DHCP server", udpPort(0, 547), drop())
+		ip6.add("to a DHCP client", udpPort(2, 546), drop())
 		ip6.add("router", icmpType(unix.IPPROTO_ICMPV6, icmp6Router), drop())
 		ip6.add("redirect", icmpType(unix.IPPROTO_ICMPV6, icmp6Redirect), drop())
 		for _, kind := range []byte{icmp6Solicit, icmp6Advert} { // the MAC is their first option, of type 1 and 2
@@ -123,12 +126,12 @@ func etherType(kind uint16) []expr.Any {
 	return bytesAt(expr.PayloadBaseLLHeader, 12, binary.BigEndian.AppendUint16(nil, kind), expr.CmpOpEq)
 }
 
-// linkControl matches the addresses 01:80:c2:00:00:0x of bridges and their neighbours (IEEE 802.1D 7.12.6).
-func linkControl() []expr.Any {
+// group matches destinations of which the last byte is masked.
+func group(mac []byte, mask byte) []expr.Any {
 	return []expr.Any{
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseLLHeader, Offset: 0, Len: 6},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 6, Mask: []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xf0}, Xor: make([]byte, 6)},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{0x01, 0x80, 0xc2, 0, 0, 0}},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 6, Mask: []byte{0xff, 0xff, 0xff, 0xff, 0xff, mask}, Xor: make([]byte, 6)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: mac},
 	}
 }
 
@@ -136,8 +139,9 @@ func transport(proto byte) []expr.Any {
 	return []expr.Any{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{proto}}}
 }
 
-func sourcePort(port uint16) []expr.Any {
-	return append(transport(unix.IPPROTO_UDP), bytesAt(expr.PayloadBaseTransportHeader, 0, binary.BigEndian.AppendUint16(nil, port), expr.CmpOpEq)...)
+// udpPort compares a port of UDP, the source at offset 0 or the destination at 2.
+func udpPort(offset uint32, port uint16) []expr.Any {
+	return append(transport(unix.IPPROTO_UDP), bytesAt(expr.PayloadBaseTransportHeader, offset, binary.BigEndian.AppendUint16(nil, port), expr.CmpOpEq)...)
 }
 
 func icmpType(proto, kind byte) []expr.Any {

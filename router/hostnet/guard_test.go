@@ -138,8 +138,11 @@ func TestGuard(t *testing.T) {
 	}
 	bpdu := ether(mac, 0x0026, make([]byte, 46))
 	copy(bpdu, []byte{0x01, 0x80, 0xc2, 0, 0, 0})
-	udp := func(port uint16) []byte {
-		return append(binary.BigEndian.AppendUint16(nil, port), 0, 68, 0, 8, 0, 0)
+	cisco := ether(mac, 0x0026, []byte{0xaa, 0xaa, 3, 0, 0, 0x0c, 1, 0x0b}, make([]byte, 40))
+	copy(cisco, []byte{0x01, 0, 0x0c, 0xcc, 0xcc, 0xcd})
+	udp := func(port uint16) []byte { return append(binary.BigEndian.AppendUint16(nil, port), 0, 53, 0, 8, 0, 0) }
+	to := func(port uint16) []byte {
+		return append(binary.BigEndian.AppendUint16([]byte{19, 136}, port), 0, 8, 0, 0)
 	}
 	good := map[string][]byte{
 		"own ARP":            arp(mac, 1, "10.2.1.1", "10.2.1.9"),
@@ -171,7 +174,10 @@ func TestGuard(t *testing.T) {
 		"DHCPv6 server":              ether(mac, unix.ETH_P_IPV6, packet6(17, ll, udp(547)...)),
 		"another's advertisement":    ether(mac, unix.ETH_P_IPV6, packet6(58, "fd00::1", neighbour(136, "fd00::2")...)),
 		"IPv6 probe for another":     ether(mac, unix.ETH_P_IPV6, packet6(58, "::", neighbour(135, "fd00::2")...)),
+		"DHCP server at any port":    ether(mac, unix.ETH_P_IP, packet4(17, "10.2.1.1", to(68)...)),
+		"DHCPv6 server at any port":  ether(mac, unix.ETH_P_IPV6, packet6(17, ll, to(546)...)),
 		"BPDU":                       bpdu,
+		"Cisco's BPDU":               cisco,
 		"tagged":                     ether(mac, unix.ETH_P_8021Q, []byte{0, 5, 0x88, 0xb5}, make([]byte, 40)),
 	}
 	last := ether(mac, 0x88b5, []byte("the last one"))
