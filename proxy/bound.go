@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// bound keeps clients from taking all the descriptors of the process: each connection has another one behind it, and
-// what attaches containers needs some. Beyond max a request is refused, and beyond max and a quarter a connection.
+// bound keeps clients from taking all the descriptors of the process: each connection has another one behind it and
+// at most two pipes between them (bulk), and what attaches containers needs some. Beyond max a request is refused, and beyond max and a quarter a connection.
 type bound struct {
 	max  int64
 	open atomic.Int64
@@ -22,9 +22,9 @@ const mostConns = 10000
 func newBound(limit int64) *bound {
 	var files unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
-		files.Cur = 4 * mostConns
+		files.Cur = 8 * mostConns
 	}
-	return &bound{max: cmp.Or(limit, int64(min(files.Cur/4, mostConns)))}
+	return &bound{max: cmp.Or(limit, int64(min(files.Cur/8, mostConns)))}
 }
 
 func (b *bound) full() bool { return b.open.Load() > b.max }

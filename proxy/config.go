@@ -41,7 +41,7 @@ type Config struct {
 	DNS       func() netip.AddrPort
 	DNSDomain string
 
-	maxConns int64 // connections of clients; zero: a quarter of what the process may open
+	maxConns int64 // connections of clients; zero: an eighth of what the process may open
 
 	HostnameFromLabel   string         // take the host name from this label where a container has it
 	HostnameMatch       *regexp.Regexp // nil: everything

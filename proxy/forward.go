@@ -199,7 +199,7 @@ func (b *backend) hijack(w http.ResponseWriter, r *http.Request) {
 	if err := writeHead(down, &head); err != nil {
 		return
 	}
-	splice(down, rw.Reader, up, br)
+	join(down, rw.Reader, up, br)
 }
 
 // writeHead writes the status line and headers of a response whose body is a raw stream.
@@ -223,9 +223,9 @@ func answer(w http.ResponseWriter, resp *http.Response) {
 	}
 }
 
-// splice copies both directions, what the readers have buffered first, and passes the end of each on as
+// join copies both directions, what the readers have buffered first, and passes the end of each on as
 // the end of that direction only.
-func splice(down net.Conn, fromDown *bufio.Reader, up net.Conn, fromUp *bufio.Reader) {
+func join(down net.Conn, fromDown *bufio.Reader, up net.Conn, fromUp *bufio.Reader) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -243,7 +243,9 @@ func copyHalf(dst io.Writer, src io.Reader, buffered *bufio.Reader) {
 			return
 		}
 	}
-	io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{src}, make([]byte, copyBuffer))
+	if !passOn(dst, src) {
+		io.CopyBuffer(struct{ io.Writer }{dst}, struct{ io.Reader }{src}, make([]byte, copyBuffer))
+	}
 	if half, ok := dst.(interface{ CloseWrite() error }); ok {
 		half.CloseWrite()
 	}

@@ -24,6 +24,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 
 	"meshd/mesh"
 	"meshd/proxy/wait"
@@ -610,6 +611,51 @@ func TestBulk(t *testing.T) {
 		if bulkPath.MatchString(path) {
 			t.Errorf("%s is taken for bulk", path)
 		}
+	}
+}
+
+// Between sockets the kernel passes on what comes; what is none, or sealed, stays untouched for others to copy.
+func TestPassOn(t *testing.T) {
+	pair := func() (near, far net.Conn) {
+		t.Helper()
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var conns [2]net.Conn
+		for i, fd := range fds {
+			f := os.NewFile(uintptr(fd), "pair")
+			if conns[i], err = net.FileConn(f); err != nil {
+				t.Fatal(err)
+			}
+			f.Close()
+			t.Cleanup(func() { conns[i].Close() })
+		}
+		return conns[0], conns[1]
+	}
+	near, client := pair()
+	far, daemon := pair()
+	src, dst := ownThread(near), ownThread(far)
+	defer src.Close()
+	if passOn(dst, strings.NewReader("x")) || passOn(struct{ io.Writer }{dst}, src) {
+		t.Error("what is no socket has passed the kernel")
+	}
+	const size = 8 << 20
+	passed := make(chan bool, 1)
+	go func() {
+		passed <- passOn(dst, src)
+		dst.Close()
+	}()
+	go func() {
+		io.CopyN(client, strings.NewReader(strings.Repeat("0123456789abcde", size/15+1)), size)
+		client.Close()
+	}()
+	got, err := io.ReadAll(daemon)
+	if err != nil || len(got) != size || !strings.HasPrefix(strings.Repeat("0123456789abcde", size/15+1), string(got)) {
+		t.Errorf("%d bytes of %d, or others: %v", len(got), size, err)
+	}
+	if !<-passed {
+		t.Error("sockets are left to others")
 	}
 }
 
