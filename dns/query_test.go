@@ -4,8 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
-	"math/rand/v2"
-	"net"
 	"net/netip"
 	"strings"
 	"sync"
@@ -235,81 +233,6 @@ func FuzzUpstream(f *testing.F) {
 			}
 		}
 	})
-}
-
-// Malformed queries in a flood neither crash the server nor keep good ones waiting. The rates of the
-// fault list (100,000 and 5,000 a second for a minute) are for a quiet machine: go run ./dns/bench -flood 100000.
-func TestFlood(t *testing.T) {
-	table := newTable(t)
-	addName(t, table, "web.mesh.internal", "10.32.0.1")
-	s := startServer(t, table, nil)
-	stop := make(chan struct{})
-	var flood sync.WaitGroup
-	flood.Go(func() {
-		conn, err := net.Dial("udp", s.Addr().String())
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		defer conn.Close()
-		r := rand.New(rand.NewPCG(1, 1))
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-			}
-			for range 100 {
-				_, _ = conn.Write(malformed(r))
-			}
-			time.Sleep(time.Millisecond) // the rate, not a wait for anything
-		}
-	})
-	good := packed(t, "web.mesh.internal.", miekg.TypeA)
-	conn, err := net.Dial("udp", s.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	answered, buf := 0, make([]byte, 512)
-	const n = 2000
-	for range n {
-		if _, err := conn.Write(good); err != nil {
-			t.Fatal(err)
-		}
-		if err := conn.SetReadDeadline(time.Now().Add(time.Second)); err != nil {
-			t.Fatal(err)
-		}
-		if n, err := conn.Read(buf); err == nil && n > headerLen && buf[7] == 1 {
-			answered++
-		}
-	}
-	close(stop)
-	flood.Wait()
-	st := s.Status().Counters
-	if answered < n*999/1000 {
-		t.Errorf("%d of %d good queries answered; %v", answered, n, st)
-	}
-	t.Logf("beside %d malformed queries", st["malformed"]+st["dropped"])
-}
-
-// malformed returns noise, a damaged query, or a name made of pointers.
-func malformed(r *rand.Rand) []byte {
-	b := []byte("\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x03web\x04mesh\x08internal\x00\x00\x01\x00\x01")
-	switch r.IntN(4) {
-	case 0:
-		b = make([]byte, r.IntN(600))
-		for i := range b {
-			b[i] = byte(r.Uint32())
-		}
-	case 1:
-		b = b[:r.IntN(len(b))]
-	case 2:
-		b[12+r.IntN(len(b)-12)] = 0xc0
-	default:
-		b[4+r.IntN(8)] = byte(r.Uint32())
-	}
-	return b
 }
 
 func BenchmarkAnswer(b *testing.B) {
