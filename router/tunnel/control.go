@@ -183,7 +183,7 @@ func (t *Tunnel) tickPeer(p *peer, now time.Time) {
 		t.control.relays[p] = struct{}{}
 	}
 	k := p.send.Load()
-	if k != nil && p.attempt == nil && k.due(now) && !now.Before(p.retry) && t.inUse(p, now) {
+	if k != nil && p.attempt == nil && k.due(now, t.cfg.RekeyAge) && !now.Before(p.retry) && t.inUse(p, now) {
 		t.renew(p, now)
 	}
 	if len(p.ring) > 0 || p.link != nil || p.attempt != nil || len(p.pending) > 0 {

@@ -212,7 +212,7 @@ func TestNoNonceTwice(t *testing.T) {
 			})
 		}
 		queues.Wait()
-		if start >= rekeyCount-10 && !k.due(k.created) {
+		if start >= rekeyCount-10 && !k.due(k.created, rekeyAge) {
 			t.Errorf("start %d: no new keys are wanted after %d datagrams", start, len(rec.used))
 		}
 		if start > deadCount-8000 && !k.dead(k.created) {

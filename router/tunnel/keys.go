@@ -15,13 +15,13 @@ import (
 
 // Ages and counts of a pair of keys.
 const (
-	rekeyAge       = 2 * time.Minute           // the initiator makes new ones
-	rekeyAgeLate   = rekeyAge + 20*time.Second // the responder does if the initiator did not
-	deadAge        = 3 * time.Minute           // nothing is sealed or opened any more
-	rekeyCount     = 1 << 60                   // datagrams
-	deadCount      = ^uint64(0) - 1<<13        // no counter from here on is ever used
-	switchHold     = 5 * time.Second           // see preferred
-	maxKeysPerPeer = 4                         // previous, current, and two of crossing handshakes
+	rekeyAge       = 2 * time.Minute    // the initiator makes new ones
+	rekeyLate      = 20 * time.Second   // after that the responder does, if the initiator did not
+	deadAge        = 3 * time.Minute    // nothing is sealed or opened any more
+	rekeyCount     = 1 << 60            // datagrams
+	deadCount      = ^uint64(0) - 1<<13 // no counter from here on is ever used
+	switchHold     = 5 * time.Second    // see preferred
+	maxKeysPerPeer = 4                  // previous, current, and two of crossing handshakes
 )
 
 var errCounter = errors.New("counter used up")
@@ -139,10 +139,10 @@ func (k *keys) dead(now time.Time) bool {
 	return now.Sub(k.created) >= deadAge || k.counter.Load() >= deadCount-1024
 }
 
-// due reports that k wants a successor.
-func (k *keys) due(now time.Time) bool {
+// due reports that k wants a successor, for which it has to be that old.
+func (k *keys) due(now time.Time, old time.Duration) bool {
 	age := now.Sub(k.created)
-	return k.initiator && age >= rekeyAge || age >= rekeyAgeLate || k.counter.Load() >= rekeyCount
+	return k.initiator && age >= old || age >= old+rekeyLate || k.counter.Load() >= rekeyCount
 }
 
 // preferred says which of two pairs to send with, the current one or a newly confirmed one. Normally the

@@ -65,6 +65,9 @@ type Config struct {
 	// Trusted networks: frames to and from peers whose underlay address is there, and who think the same of
 	// our address, go in clear in spite of a password. Messages are sealed all the same.
 	Trusted []netip.Prefix
+	// RekeyAge is how old a session's keys get; after a handshake the next one is a second later at the soonest. Zero:
+	// 2 minutes.
+	RekeyAge time.Duration
 
 	Listen netip.AddrPort // UDP and TCP; zero: port 6783 on all addresses
 	Ports  []Port         // queues of the TAP; none: no frames
@@ -137,6 +140,9 @@ func New(cfg Config) (*Tunnel, error) {
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.RekeyAge == 0 {
+		cfg.RekeyAge = rekeyAge
 	}
 	if !cfg.Listen.IsValid() {
 		cfg.Listen = netip.AddrPortFrom(netip.IPv6Unspecified(), DefaultPort)
