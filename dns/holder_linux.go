@@ -26,10 +26,22 @@ func (h holder) String() string {
 	return fmt.Sprintf("%s (pid %d, %s on %s)", h.process, h.pid, h.network, h.addr)
 }
 
+// HeldBy says which socket, of which process where that can be told, keeps us from an address; "" if none is seen.
+func HeldBy(network string, addr netip.AddrPort) string {
+	h, found := findHolder("/proc", network, addr)
+	if !found {
+		return ""
+	}
+	return h.String()
+}
+
 // findHolder looks through /proc/net for a socket that collides with addr and then through every process's
-// descriptors for that socket. Only root sees all of them.
-func findHolder(proc string, addr netip.AddrPort) (holder, bool) {
+// descriptors for that socket. Only root sees all of them. An empty network means UDP and TCP.
+func findHolder(proc, network string, addr netip.AddrPort) (holder, bool) {
 	for _, table := range []struct{ file, network string }{{"udp", "udp"}, {"udp6", "udp"}, {"tcp", "tcp"}, {"tcp6", "tcp"}} {
+		if network != "" && table.network != network {
+			continue
+		}
 		f, err := os.Open(filepath.Join(proc, "net", table.file))
 		if err != nil {
 			continue

@@ -84,7 +84,7 @@ func bindError(addr netip.AddrPort, err error) error {
 		return fmt.Errorf("name server: %w", err)
 	}
 	who := "another process"
-	if h, found := findHolder("/proc", addr); found {
+	if h, found := findHolder("/proc", "", addr); found {
 		who = h.String()
 	}
 	return &PortTakenError{Addr: addr, Holder: who}
@@ -133,6 +133,9 @@ func socketCount() int { return max(1, min(runtime.GOMAXPROCS(0)/2, 8)) }
 func bridgeAddress(name string) (netip.Addr, error) {
 	ifc, err := net.InterfaceByName(name)
 	if err != nil {
+		if op := new(net.OpError); errors.As(err, &op) {
+			err = op.Err // without "route ip+net", which tells nobody anything
+		}
 		return netip.Addr{}, fmt.Errorf("bridge %s: %w", name, err)
 	}
 	addrs, err := ifc.Addrs()

@@ -150,7 +150,7 @@ func (s *Server) target() (netip.AddrPort, error) {
 	}
 	a, err := bridgeAddress(s.cfg.Bridge)
 	if err != nil {
-		return netip.AddrPort{}, fmt.Errorf("name server waits: %w; --dns-listen-address chooses an address without it", err)
+		return netip.AddrPort{}, fmt.Errorf("name server waits: %w; --dns-listen-address chooses an address without it, --no-dns does without names", err)
 	}
 	return netip.AddrPortFrom(a, port), nil
 }

@@ -124,6 +124,13 @@ type Status struct {
 	Memory    uint64 // bytes of the maps, as the kernel accounts them
 }
 
+// Fault is what could not be repaired, for people; empty: all well.
+func (d *Datapath) Fault() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.fault()
+}
+
 // Status also says what the maps cost.
 func (d *Datapath) Status() Status {
 	d.mu.Lock()

@@ -194,3 +194,24 @@ func TestRangeOverlap(t *testing.T) {
 	_, err = h.Out(w.ctx, "ip", "route", "del", "10.33.0.0/16")
 	w.try(err)
 }
+
+// TestKernelDeviceTaken: what the kernel path lacks is in the status, and goes from there when it is put right.
+func TestKernelDeviceTaken(t *testing.T) {
+	w := newWorld(t, 1, 30*time.Second)
+	h := w.Host(1)
+	w.planReset(h)
+	_, err := h.Out(w.ctx, "ip", "link", "add", "mesh-vx", "type", "veth", "peer", "name", "other")
+	w.try(err)
+	w.launch(h, "--no-dns")
+	status := func(taken bool) {
+		w.t.Helper()
+		w.try(lab.Until(w.ctx, 10*time.Second, "the status to tell how it is", func() bool {
+			r, err := h.Ctl(w.ctx, "status", "--strict")
+			return err == nil && (r.Exit == 5) == taken && strings.Contains(r.Stdout, "mesh-vx: the name is taken") == taken
+		}))
+	}
+	status(true)
+	_, err = h.Out(w.ctx, "ip", "link", "del", "mesh-vx")
+	w.try(err)
+	status(false)
+}

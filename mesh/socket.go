@@ -19,7 +19,7 @@ func ClearSocket(path string) error {
 	case err != nil:
 		return err
 	case st.Mode().Type() != fs.ModeSocket:
-		return errors.New("what is there is not a socket")
+		return errors.New("what is there is not a socket; remove it")
 	}
 	// Only this refusal says that nobody is there: who is too busy to accept, or speaks datagrams, has others.
 	conn, err := net.Dial("unix", path)

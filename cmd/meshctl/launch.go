@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -145,7 +146,7 @@ func (a *app) launch(ctx context.Context, l launchOptions) error {
 	runDir := settings["run-dir"]
 	pid, err := control.RunningPID(filepath.Join(runDir, control.PIDFile))
 	if err != nil {
-		return err
+		return fmt.Errorf("--run-dir: %w", err)
 	}
 	if pid != 0 {
 		return &exitError{exitRunning, fmt.Sprintf("meshd is already running (pid %d)", pid)}
@@ -159,7 +160,7 @@ func (a *app) launch(ctx context.Context, l launchOptions) error {
 		return failed("already running: something answers on %s", a.flags.socket)
 	}
 	if err := os.MkdirAll(runDir, 0o755); err != nil {
-		return err
+		return fmt.Errorf("--run-dir: %w", err)
 	}
 	args := slices.Clone(l.daemon)
 	if err := saveLaunch(runDir, args); err != nil {
@@ -282,7 +283,7 @@ func become(meshd string, args []string, password string, environ []string) erro
 func (a *app) startAndWait(ctx context.Context, meshd string, args []string, l launchOptions, client *control.Client) error {
 	logFile, err := os.OpenFile(l.logFile, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
 	if err != nil {
-		return err
+		return fmt.Errorf("--log-file: %w", err)
 	}
 	defer logFile.Close()
 	logStart, err := logFile.Seek(0, io.SeekEnd)
@@ -322,16 +323,22 @@ func (a *app) startAndWait(ctx context.Context, meshd string, args []string, l l
 			<-ended
 		}
 	}
-	for _, line := range lastErrors(l.logFile, logStart) {
-		fmt.Fprintln(a.stderr, line)
-	}
+	lines := lastErrors(l.logFile, logStart)
 	if code := cmd.ProcessState.ExitCode(); code == exitRunning {
 		return &exitError{exitRunning, "meshd is already running"}
+	}
+	// The cause comes first, in words; what else was logged, after it.
+	if cause := causeOf(lines); cause != "" && errors.Is(err, errEnded) {
+		err, lines = fmt.Errorf("meshd did not start: %s", cause), nil
 	}
 	if s, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); ok && errors.Is(err, errEnded) && s.Signal() == syscall.SIGKILL {
 		err = errors.New("meshd was killed before it was ready, as the kernel does where memory is short: it needs 64 MiB, with a password 192 MiB")
 	}
-	return failed("%v; its log is %s", err, l.logFile)
+	a.say("%v", err)
+	for _, line := range lines {
+		fmt.Fprintln(a.stderr, line)
+	}
+	return failed("its log is %s", l.logFile)
 }
 
 var errEnded = errors.New("meshd ended before it was ready")
@@ -380,6 +387,9 @@ func lastErrors(path string, start int64) []string {
 	if err != nil {
 		return nil
 	}
+	if len(bytes.TrimSpace(b)) == 0 {
+		return nil
+	}
 	all := strings.Split(strings.TrimSpace(string(b)), "\n")
 	wanted := slices.DeleteFunc(slices.Clone(all), func(s string) bool {
 		return strings.Contains(s, "level=INFO") || strings.Contains(s, "level=DEBUG") || strings.Contains(s, "level=WARN") ||
@@ -389,4 +399,30 @@ func lastErrors(path string, start int64) []string {
 		wanted = all
 	}
 	return wanted[max(0, len(wanted)-most):]
+}
+
+// causeOf is what meshd says of its end in the last of these lines of its log, on one line; "" if it says nothing there.
+func causeOf(lines []string) string {
+	if len(lines) == 0 {
+		return ""
+	}
+	last := lines[len(lines)-1]
+	var j struct{ Msg, Err string }
+	if json.Unmarshal([]byte(last), &j) != nil {
+		if said, ok := strings.CutPrefix(last, "meshd: "); ok {
+			return said
+		}
+		_, value, found := strings.Cut(last, " msg=stopped err=")
+		if !found {
+			return ""
+		}
+		j.Msg, j.Err = "stopped", value
+		if quoted, err := strconv.Unquote(value); err == nil {
+			j.Err = quoted
+		}
+	}
+	if j.Msg != "stopped" {
+		return ""
+	}
+	return strings.ReplaceAll(j.Err, "\n", "; ")
 }

@@ -502,6 +502,25 @@ func TestLastErrors(t *testing.T) {
 	}
 }
 
+func TestCauseOf(t *testing.T) {
+	for _, c := range []struct{ last, want string }{
+		{`time=x level=ERROR msg=stopped err="listen on \"x\": taken\nand more"`, `listen on "x": taken; and more`},
+		{`time=x level=ERROR msg=stopped err=short`, "short"},
+		{`{"level":"ERROR","msg":"stopped","err":"listen on \"x\": taken"}`, `listen on "x": taken`},
+		{"meshd: must be run as root", "must be run as root"},
+		{`{"level":"ERROR","msg":"other","err":"x"}`, ""},
+		{"level=ERROR msg=other err=x", ""},
+		{"goroutine 1 [running]:", ""},
+	} {
+		if got := causeOf([]string{"level=ERROR msg=stopped err=before", c.last}); got != c.want {
+			t.Errorf("%s: got %q, want %q", c.last, got, c.want)
+		}
+	}
+	if got := causeOf(nil); got != "" {
+		t.Errorf("nothing logged: got %q", got)
+	}
+}
+
 var update = flag.Bool("update", false, "rewrite the generated part of docs/meshctl.md")
 
 // The reference holds what every command says of itself, after a mark that ends what was written by hand.

@@ -205,7 +205,7 @@ func parse(args []string, env environment) (*options, *pflag.FlagSet, error) {
 	o := new(options)
 	f := newFlags(o)
 	if err := f.Parse(args); err != nil {
-		return o, f, err
+		return o, f, plain(err)
 	}
 	if f.NArg() > 0 {
 		o.peers = append(o.peers, f.Args()...)
@@ -272,7 +272,20 @@ func setFlag(f *pflag.FlagSet, fl *pflag.Flag, value string) error {
 			return fmt.Errorf("%q is neither true nor false", value)
 		}
 	}
-	return f.Set(fl.Name, value)
+	return plain(f.Set(fl.Name, value))
+}
+
+// plain says in words what pflag says of a value that cannot be read.
+func plain(err error) error {
+	bad := new(pflag.InvalidValueError)
+	if !errors.As(err, &bad) {
+		return err
+	}
+	kind := map[string]string{"int": "a whole number", "bool": "true or false", "duration": "a duration such as 30s"}[bad.GetFlag().Value.Type()]
+	if kind == "" {
+		return err
+	}
+	return fmt.Errorf("--%s: %q is not %s", bad.GetFlag().Name, bad.GetValue(), kind)
 }
 
 func fromFile(o *options, f *pflag.FlagSet, env environment) error {

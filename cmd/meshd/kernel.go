@@ -55,6 +55,14 @@ func (k *kernelPath) open(cfg fastdp.Config, disabled bool) error {
 	return nil
 }
 
+// fault is what the kernel path cannot put right; "" if there is nothing, or no such path.
+func (k *kernelPath) fault() string {
+	if dp := k.dp.Load(); dp != nil {
+		return dp.Fault()
+	}
+	return ""
+}
+
 // clear removes what an earlier meshd left. With a password meshd does not start beside that.
 func (k *kernelPath) clear(cfg fastdp.Config, sealed bool) error {
 	err := resetKernelPath(cfg)

@@ -78,7 +78,7 @@ func run(args []string, env environment, stdout, stderr io.Writer) int {
 		log.Warn("the password stays visible to root in this process's environment", "err", err)
 	}
 	if err := os.MkdirAll(cfg.RunDir, 0o755); err != nil {
-		log.Error("cannot make the run directory", "err", err)
+		fmt.Fprintf(stderr, "meshd: --run-dir: %v\n", err)
 		return exitFailed
 	}
 	lock, err := control.LockPID(filepath.Join(cfg.RunDir, control.PIDFile))
@@ -104,7 +104,7 @@ func run(args []string, env environment, stdout, stderr io.Writer) int {
 	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + tapQueues() + 2)
 	askScheduler()
 	if err := runUntilSignal(cfg, env, log); err != nil {
-		log.Error("stopped", "err", err)
+		log.Error("stopped", "err", remedy(err, cfg))
 		return exitFailed
 	}
 	log.Info("stopped")
@@ -135,7 +135,7 @@ func newLogger(w io.Writer, cfg LogConfig) *slog.Logger {
 	return slog.New(limitLog(slog.NewTextHandler(w, opts)))
 }
 
-// logOptions logs every option with its value in force. None of them is a secret.
+// logOptions logs the options that differ from what they are by themselves. None of them is a secret.
 func logOptions(log *slog.Logger, flags *pflag.FlagSet) {
 	var attrs []any
 	var idle []string
@@ -143,7 +143,7 @@ func logOptions(log *slog.Logger, flags *pflag.FlagSet) {
 		switch {
 		case f.Hidden && f.Changed:
 			idle = append(idle, "--"+f.Name)
-		case !f.Hidden && !slices.Contains(commandFlags, f.Name):
+		case !f.Hidden && !slices.Contains(commandFlags, f.Name) && f.Value.String() != f.DefValue:
 			attrs = append(attrs, slog.String(f.Name, f.Value.String()))
 		}
 	})

@@ -138,7 +138,9 @@ func TestWrongOptions(t *testing.T) {
 		{"--bogus", "unknown flag: --bogus"},
 		{"--port 0", "--port: 0 is outside 1 to 65535"},
 		{"--port 65536", "--port: 65536 is outside"},
-		{"--port x", `invalid argument "x"`},
+		{"--port x", `--port: "x" is not a whole number`},
+		{"--no-dns=maybe", `--no-dns: "maybe" is not true or false`},
+		{"--dns-fallback-timeout 5", `--dns-fallback-timeout: "5" is not a duration such as 30s`},
 		{"--port 65535", "--port: 65535 leaves no port after it"},
 		{"--vxlan-port 6783", "--vxlan-port: 6783 is the port of the tunnel"},
 		{"--host example.org", `--host: "example.org" is not an IP address`},
@@ -494,15 +496,18 @@ func TestExitCodes(t *testing.T) {
 
 func TestLogHasOptionsAndNoSecrets(t *testing.T) {
 	env := variables("MESH_PASSWORD", "hunter2")
-	_, f, err := parse([]string{"--mtu", "1400", "--bufsz", "8"}, env)
+	_, f, err := parse([]string{"--mtu", "1400", "--port", "6783", "--bufsz", "8", "--peer", "host1"}, env)
 	if err != nil {
 		t.Fatal(err)
 	}
 	var b bytes.Buffer
 	logOptions(newLogger(&b, LogConfig{Level: "info"}), f)
-	for _, want := range []string{"options.mtu=1400", "options.bridge=mesh", "--bufsz"} {
-		if !strings.Contains(b.String(), want) {
-			t.Errorf("%s is not in %s", want, b.String())
+	for want, is := range map[string]bool{
+		" options.peer=[host1] ": true, " options.mtu=1400 ": true, "options=--bufsz": true,
+		"options.port": false, "options.bridge": false, "options.config": false, // as they are by themselves
+	} {
+		if strings.Contains(b.String(), want) != is {
+			t.Errorf("%q: want %v in %s", want, is, b.String())
 		}
 	}
 	if strings.Contains(b.String(), "hunter2") {

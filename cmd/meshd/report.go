@@ -31,6 +31,9 @@ func (h *house) Report() control.Report {
 	if h.kernel.off != "" && h.kernel.dp.Load() == nil {
 		r.Problems = append(r.Problems, "no kernel path: "+h.kernel.off)
 	}
+	if fault := h.kernel.fault(); fault != "" {
+		r.Problems = append(r.Problems, "the kernel path lacks something: "+fault)
+	}
 	if h.passwords.odd != "" {
 		r.Problems = append(r.Problems, h.passwords.odd)
 	}
@@ -111,7 +114,7 @@ func (h *house) routerReport(st gossip.Status, kernel map[mesh.PeerName]fastdp.P
 		Name: h.self, NickName: u.NickName, Port: u.Port,
 		TerminationCount: st.Ended, Targets: st.Targets, Interface: h.tap.Name,
 		OverlayDiagnostics: map[string]string{
-			control.OverlayKernel:    cmp.Or(h.kernel.off, "ready"),
+			control.OverlayKernel:    cmp.Or(h.kernel.off, h.kernel.fault(), "ready"),
 			control.OverlayUserspace: cmp.Or(h.tap.Offload.Missing, "ready"),
 		},
 		Drops: h.drops(st), Offences: h.offences(),

@@ -65,7 +65,7 @@ func passwordFrom(path string) (string, error) {
 	b = bytes.TrimSuffix(bytes.TrimSuffix(b, []byte("\n")), []byte("\r"))
 	switch {
 	case len(b) == 0:
-		return "", fmt.Errorf("%s is empty", path)
+		return "", fmt.Errorf("%s is empty: it must hold the password", path)
 	case len(b) > maxPassword:
 		return "", fmt.Errorf("%s holds more than %d bytes", path, maxPassword)
 	}

@@ -64,7 +64,7 @@ func (h *Host) ensureBridge(want BridgeSpec) (mac mesh.MAC, err error) {
 	}
 	br, ok := l.(*netlink.Bridge)
 	if !ok {
-		return mac, wrongKind(l, "a bridge")
+		return mac, wrongKind(l, "a bridge", otherBridge)
 	}
 	if br.Alias == "" {
 		ours, err := h.looksOurs(br)
@@ -159,7 +159,7 @@ func (h *Host) bridge() (*netlink.Bridge, error) {
 	}
 	br, ok := l.(*netlink.Bridge)
 	if !ok {
-		return nil, wrongKind(l, "a bridge")
+		return nil, wrongKind(l, "a bridge", otherBridge)
 	}
 	return br, nil
 }

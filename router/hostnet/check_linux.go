@@ -16,7 +16,7 @@ func (h *Host) Check() error {
 		return err
 	}
 	if _, ok := br.(*netlink.Bridge); br != nil && !ok {
-		return fmt.Errorf("bridge %s: %w", h.cfg.Bridge, wrongKind(br, "a bridge"))
+		return fmt.Errorf("bridge %s: %w", h.cfg.Bridge, wrongKind(br, "a bridge", otherBridge))
 	}
 	tap, err := h.link(h.cfg.TAP)
 	if err != nil || tap == nil {

@@ -313,9 +313,15 @@ func (h *Host) links() (all []netlink.Link, err error) {
 	return all, nil
 }
 
+// What to do about a device that is in the way.
+const (
+	otherBridge = "remove it, or choose another name with --bridge"
+	otherTAP    = "remove it, or choose another name with --tap"
+)
+
 // wrongKind is the error for a device of others under a name of ours.
-func wrongKind(l netlink.Link, want string) error {
-	return fmt.Errorf("device %s exists and is a %s, not %s: remove it or choose another name", l.Attrs().Name, kind(l), want)
+func wrongKind(l netlink.Link, want, remedy string) error {
+	return fmt.Errorf("device %s exists and is a %s, not %s: %s", l.Attrs().Name, kind(l), want, remedy)
 }
 
 func kind(l netlink.Link) string {

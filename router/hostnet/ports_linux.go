@@ -134,7 +134,7 @@ func (h *Host) hostEnd(name, owner string) (*netlink.Veth, error) {
 	}
 	veth, ok := l.(*netlink.Veth)
 	if !ok {
-		return nil, wrongKind(l, "a veth")
+		return nil, wrongKind(l, "a veth", "remove it")
 	}
 	if veth.Alias != "" && veth.Alias != aliasPrefix+owner {
 		return nil, fmt.Errorf("device %s exists and belongs to %q", name, veth.Alias)

@@ -149,9 +149,9 @@ func checkTAP(l netlink.Link) (*netlink.Tuntap, error) {
 	dev, ok := l.(*netlink.Tuntap)
 	switch {
 	case !ok || dev.Mode != netlink.TUNTAP_MODE_TAP:
-		return nil, wrongKind(l, "a TAP")
+		return nil, wrongKind(l, "a TAP", otherTAP)
 	case dev.Flags&netlink.TUNTAP_MULTI_QUEUE == 0:
-		return nil, fmt.Errorf("device %s exists and is a TAP with a single queue: remove it or choose another name", dev.Name)
+		return nil, fmt.Errorf("device %s exists and is a TAP with a single queue: %s", dev.Name, otherTAP)
 	case dev.NonPersist || dev.Queues+dev.DisabledQueues > 0:
 		return nil, fmt.Errorf("device %s is in use by another process", dev.Name)
 	}
