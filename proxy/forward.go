@@ -49,8 +49,6 @@ func newBackend(cfg Config, log *slog.Logger) (*backend, error) {
 		TLSClientConfig:    cfg.ClientTLS,
 		DisableCompression: true,
 		IdleConnTimeout:    time.Minute,
-		WriteBufferSize:    copyBuffer,
-		ReadBufferSize:     copyBuffer,
 	}
 	scheme := "http"
 	if cfg.ClientTLS != nil {
