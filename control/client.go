@@ -317,7 +317,9 @@ func (c *Client) DNS(ctx context.Context) (domain string, server netip.Addr, err
 	if err != nil {
 		return "", netip.Addr{}, err
 	}
-	server, err = netip.ParseAddr(text)
+	if text != "" {
+		server, err = netip.ParseAddr(text)
+	}
 	return domain, server, err
 }
 

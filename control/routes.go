@@ -349,10 +349,16 @@ func (s *Server) nameRoutes(mux *http.ServeMux) {
 	}
 	mux.Handle("GET /domain", names(func(*http.Request) (any, error) { return s.back.Names.Domain(), nil }))
 	mux.Handle("GET /dns-address", names(func(*http.Request) (any, error) {
-		return s.back.Names.Server().Addr().String(), nil
+		if server := s.back.Names.Server(); server.IsValid() {
+			return server.Addr().String(), nil
+		}
+		return "", nil // it does not know yet where it will listen
 	}))
 	mux.Handle("GET /dns-address-port", names(func(*http.Request) (any, error) {
-		return s.back.Names.Server().String(), nil
+		if server := s.back.Names.Server(); server.IsValid() {
+			return server.String(), nil
+		}
+		return "", nil
 	}))
 	list := names(func(r *http.Request) (any, error) {
 		report := s.report()

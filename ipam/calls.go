@@ -57,9 +57,9 @@ type Collision struct {
 func (c *call) String() string {
 	switch c.op {
 	case opAllocate:
-		return fmt.Sprintf("allocate an address in %s for %s", c.addr, c.owner)
+		return "allocate" // who asks says for whom, and in a word that people know
 	case opClaim:
-		return fmt.Sprintf("claim %s for %s", c.addr, c.owner)
+		return "claim"
 	case opRemove:
 		return fmt.Sprintf("remove peer %s", c.peer)
 	case opLeave:

@@ -26,6 +26,7 @@ import (
 // daemon stands in for meshd: it writes down what it was asked.
 type daemon struct {
 	report control.Report
+	server netip.AddrPort
 
 	mu    sync.Mutex
 	calls []string
@@ -85,7 +86,7 @@ func (d *daemon) Remove(_ context.Context, r control.NameRequest) error {
 	return d.call("remove %s %v %q", r.Container, r.Addrs, r.FQDN)
 }
 func (d *daemon) Domain() string         { return "mesh.internal." }
-func (d *daemon) Server() netip.AddrPort { return netip.MustParseAddrPort("172.17.0.1:53") }
+func (d *daemon) Server() netip.AddrPort { return d.server }
 
 var twoAddrs = control.Changed{Addresses: []netip.Prefix{netip.MustParsePrefix("10.2.1.1/24"), netip.MustParsePrefix("10.32.0.1/12")}}
 
@@ -118,7 +119,7 @@ func everything(t *testing.T) *daemon {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &daemon{report: control.Report{
+	return &daemon{server: netip.MustParseAddrPort("172.17.0.1:53"), report: control.Report{
 		Ready: true, Version: "1.2.3", Problems: []string{"the kernel path is not in use: no vxlan"},
 		Router: &control.Router{Name: name, NickName: "host1", Targets: []string{"host2", "host3"}},
 		IPAM:   &control.IPAM{Status: control.IPAMReady, DefaultSubnet: "10.32.0.0/12"},
@@ -309,6 +310,16 @@ func TestStatusAndReport(t *testing.T) {
 	d.report.Ready = false
 	if code, stdout, stderr = ctl(t, env, "status"); code != 1 || stdout != "" || stderr != "meshd is starting\n" {
 		t.Errorf("status while starting: got %d %q %q", code, stdout, stderr)
+	}
+}
+
+// A name server that waits for Docker's bridge has no address that could be given to a container.
+func TestDNSArgsWithoutBridge(t *testing.T) {
+	d := everything(t)
+	d.server = netip.AddrPort{}
+	env := map[string]string{"MESH_SOCKET": serve(t, d, false)}
+	if code, stdout, stderr := ctl(t, env, "dns-args"); code != 0 || stdout != "--dns-search=mesh.internal." || stderr != "" {
+		t.Errorf("got exit %d, %q, %q", code, stdout, stderr)
 	}
 }
 

@@ -115,7 +115,8 @@ func (a *app) dnsArgsCommand() *cobra.Command {
 		Use:   "dns-args",
 		Short: "Print the options that make \"docker run\" use the mesh's names",
 		Long: `Prints --dns and --dns-search for "docker run", without a line end; nothing when the name server is
-off. Without a daemon, what a daemon with no options would use is printed.`,
+off. Without a daemon, what a daemon with no options would use is printed; --dns-search alone as long as
+Docker's bridge, on which the name server listens, is not there.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -127,12 +128,13 @@ off. Without a daemon, what a daemon with no options would use is printed.`,
 				return nil
 			case errors.Is(err, control.ErrUnreachable):
 				domain = defaultDomain
-				if server, err = bridgeIP(a.dockerBridge()); err != nil {
-					fmt.Fprintf(a.stdout, "--dns-search=%s", domain)
-					return nil
-				}
+				server, _ = bridgeIP(a.dockerBridge())
 			case err != nil:
 				return err
+			}
+			if !server.IsValid() {
+				fmt.Fprintf(a.stdout, "--dns-search=%s", domain)
+				return nil
 			}
 			fmt.Fprintf(a.stdout, "--dns=%s --dns-search=%s", server, domain)
 			return nil
@@ -154,6 +156,9 @@ func (a *app) dockerBridge() string {
 func bridgeIP(device string) (netip.Addr, error) {
 	dev, err := net.InterfaceByName(device)
 	if err != nil {
+		if op := new(net.OpError); errors.As(err, &op) {
+			err = op.Err // without "route ip+net", which tells nobody anything
+		}
 		return netip.Addr{}, fmt.Errorf("%s: %w", device, err)
 	}
 	addrs, err := dev.Addrs()

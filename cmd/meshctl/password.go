@@ -47,8 +47,14 @@ with it.`,
 				return c.RemovePassword(ctx, args[1])
 			case "list":
 				list, err := c.Passwords(ctx)
+				if err != nil {
+					return err
+				}
+				if len(list) == 0 {
+					a.say("there is no password, and nothing is encrypted")
+				}
 				a.printPasswords(list)
-				return err
+				return nil
 			}
 			password, err := a.newPassword(args[1:])
 			if err != nil {

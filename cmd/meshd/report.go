@@ -48,7 +48,10 @@ func (h *house) Report() control.Report {
 			r.Problems = append(r.Problems, s.Problem)
 		}
 		r.DNS = &control.DNS{
-			Domain: h.cfg.DNS.Domain, Upstream: s.Upstream, Address: h.names.Addr().String(), TTL: int(h.cfg.DNS.TTL.Seconds()),
+			Domain: h.cfg.DNS.Domain, Upstream: s.Upstream, TTL: int(h.cfg.DNS.TTL.Seconds()),
+		}
+		if at := h.names.Addr(); at.IsValid() {
+			r.DNS.Address = at.String()
 		}
 		for _, e := range h.records.Entries() {
 			r.DNS.Entries = append(r.DNS.Entries, control.DNSEntry{

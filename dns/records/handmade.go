@@ -51,7 +51,7 @@ func (t *Table) checkName(owner, name string) (string, string, error) {
 		return "", "", err
 	}
 	if !inDomain(name, t.domain) {
-		return "", "", fmt.Errorf("name %q does not lie below %s, the domain of this mesh: %w", name, t.domain, ErrDomain)
+		return "", "", fmt.Errorf("name %q %w, %s", name, ErrDomain, t.domain)
 	}
 	if owner == "" {
 		owner = mesh.OwnerExtern
@@ -276,7 +276,7 @@ func (t *Table) Lookup(name string) ([]netip.Addr, error) {
 	}
 	if !inDomain(full, t.domain) {
 		if strings.Count(full, ".") > 1 {
-			return nil, fmt.Errorf("name %q does not lie below %s: %w", full, t.domain, ErrDomain)
+			return nil, fmt.Errorf("name %q %w, %s", full, ErrDomain, t.domain)
 		}
 		if full, err = ParseName(full + t.domain); err != nil {
 			return nil, err

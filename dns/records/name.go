@@ -11,7 +11,7 @@ import (
 var ErrName = errors.New("not a usable name")
 
 // ErrDomain says that a name lies outside the domain that this mesh serves.
-var ErrDomain = errors.New("not in the domain")
+var ErrDomain = errors.New("does not lie in the mesh's domain")
 
 const (
 	maxLabel = 63  // RFC 1035 §2.3.4
