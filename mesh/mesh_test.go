@@ -1,6 +1,8 @@
 package mesh
 
 import (
+	"bytes"
+	"cmp"
 	"encoding/json"
 	"testing"
 )
@@ -76,4 +78,16 @@ func FuzzParsePeerName(f *testing.F) {
 			t.Errorf("%q: got %v, %v, want %v", s, q, err, p)
 		}
 	})
+}
+
+// Names are in the order of their bytes, whichever differs.
+func TestPeerNameCompare(t *testing.T) {
+	names := []PeerName{{}, {5: 1}, {5: 0xff}, {4: 1}, {3: 0xff, 5: 1}, {0: 1, 5: 0xff}, {0: 0x80}, {0: 0xff, 5: 1}}
+	for i, a := range names {
+		for j, b := range names {
+			if got, want := a.Compare(b), bytes.Compare(a[:], b[:]); got != want || got != cmp.Compare(i, j) {
+				t.Errorf("%v and %v: got %d, want %d", a, b, got, want)
+			}
+		}
+	}
 }

@@ -1,7 +1,6 @@
 package router
 
 import (
-	"slices"
 	"time"
 
 	"meshd/mesh"
@@ -79,8 +78,10 @@ func (t *Topology) rivalledLocked(name mesh.PeerName, e *entry) bool {
 			continue
 		}
 		for _, page := range p.pages {
-			if slices.ContainsFunc(page.links, func(l PeerLink) bool { return l.To == name }) {
-				return false
+			for l, rest := cutLink(page.body); l != nil; l, rest = cutLink(rest) {
+				if l.to() == name {
+					return false
+				}
 			}
 		}
 	}

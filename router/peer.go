@@ -105,9 +105,14 @@ func rttCode(d time.Duration) byte {
 	return byte(min(math.Round(8*math.Log2(float64(d)/float64(rttUnit))), 255))
 }
 
-func rttOf(code byte) time.Duration {
-	return time.Duration(float64(rttUnit) * math.Exp2(float64(code)/8))
-}
+var rtts = func() (out [256]time.Duration) {
+	for code := range out {
+		out[code] = time.Duration(float64(rttUnit) * math.Exp2(float64(code)/8))
+	}
+	return out
+}()
+
+func rttOf(code byte) time.Duration { return rtts[code] }
 
 // RoundRTT is d as every peer will see it.
 func RoundRTT(d time.Duration) time.Duration { return rttOf(rttCode(d)) }

@@ -124,6 +124,7 @@ type edge struct {
 	to     int
 	rtt    time.Duration
 	damped bool
+	lone   bool // the far end does not report it
 }
 
 func (e edge) weight() time.Duration {
@@ -137,7 +138,7 @@ func (e edge) weight() time.Duration {
 type graph struct {
 	self  int
 	names []mesh.PeerName
-	edges [][]edge // directed: what each peer reports, by number
+	edges [][]edge // as both ends agree on them; of each peer, by number
 }
 
 // graph copies what the search needs, so that it runs without the lock.
@@ -147,11 +148,20 @@ func (t *Topology) graph() *graph {
 		name  mesh.PeerName
 		pages []*record
 	}
-	nodes := make([]node, 0, len(t.peers))
+	nodes, count := make([]node, 0, len(t.peers)), 0
+	var pages []*record
 	for name, e := range t.peers {
-		if e.base != nil {
-			nodes = append(nodes, node{name, e.livePages()})
+		if e.base == nil {
+			continue
 		}
+		first := len(pages)
+		for _, p := range e.pages {
+			if p.epoch == e.base.epoch {
+				pages = append(pages, p)
+				count += len(p.body) / (1 + linkBody4)
+			}
+		}
+		nodes = append(nodes, node{name, pages[first:len(pages):len(pages)]})
 	}
 	for _, page := range t.links {
 		for _, l := range page { // a neighbour is reached before we have heard what it says of itself
@@ -170,39 +180,41 @@ func (t *Topology) graph() *graph {
 		index[n.name] = i
 	}
 	g.self = index[t.self]
+	edges := make([]edge, 0, count)
 	for i, n := range nodes {
+		first := len(edges)
 		for _, page := range n.pages {
-			for _, l := range page.links {
-				to, ok := index[l.To]
-				if !ok {
-					continue
+			for l, rest := cutLink(page.body); l != nil; l, rest = cutLink(rest) {
+				if to, ok := index[l.to()]; ok {
+					edges = append(edges, edge{to: to, rtt: l.rtt(), damped: l.damped()})
 				}
-				g.edges[i] = append(g.edges[i], edge{to, l.RTT, l.Damped})
 			}
 		}
-		slices.SortFunc(g.edges[i], func(a, b edge) int { return cmp.Or(a.to-b.to, cmp.Compare(a.rtt, b.rtt)) })
-		g.edges[i] = slices.CompactFunc(g.edges[i], func(a, b edge) bool { return a.to == b.to })
+		own := edges[first:len(edges):len(edges)]
+		slices.SortFunc(own, func(a, b edge) int { return cmp.Or(a.to-b.to, cmp.Compare(a.rtt, b.rtt)) })
+		g.edges[i] = slices.CompactFunc(own, func(a, b edge) bool { return a.to == b.to })
 	}
+	g.agree()
 	return g
 }
 
-// report is what peer a says of a link to b.
-func (g *graph) report(a, b int) (edge, bool) {
-	i, ok := slices.BinarySearchFunc(g.edges[a], b, func(e edge, b int) int { return e.to - b })
-	if !ok {
-		return edge{}, false
+// agree has both ends of every link mean the same by it: the smaller round trip, and unsteady if either says so.
+func (g *graph) agree() {
+	next := make([]int, len(g.edges)) // of each peer, its first link to nobody below a
+	for a := range g.edges {
+		for i := range g.edges[a] {
+			e := &g.edges[a][i]
+			far := g.edges[e.to]
+			for next[e.to] < len(far) && far[next[e.to]].to < a {
+				next[e.to]++
+			}
+			if k := next[e.to]; k == len(far) || far[k].to != a {
+				e.lone = true
+			} else {
+				e.rtt, e.damped = min(e.rtt, far[k].rtt), e.damped || far[k].damped
+			}
+		}
 	}
-	return g.edges[a][i], true
-}
-
-// link is the link that a reports, as both ends agree on it; ok is false if the far end does not report
-// it, unless it is our own.
-func (g *graph) link(a int, e edge) (edge, bool) {
-	back, ok := g.report(e.to, a)
-	if !ok {
-		return e, a == g.self
-	}
-	return edge{e.to, min(e.rtt, back.rtt), e.damped || back.damped}, true
 }
 
 // Routes computes the ways to all peers.
@@ -230,14 +242,10 @@ func (g *graph) routes() *Routes {
 		}
 		done[at] = true
 		for _, e := range g.edges[at] {
-			if done[e.to] || e.to == g.self {
+			if done[e.to] || e.lone && at != g.self {
 				continue
 			}
-			l, ok := g.link(at, e)
-			if !ok {
-				continue
-			}
-			d, via := dist[at]+l.weight(), first[at]
+			d, via := dist[at]+e.weight(), first[at]
 			if at == g.self {
 				via = e.to
 			}
@@ -245,7 +253,7 @@ func (g *graph) routes() *Routes {
 			if d > dist[e.to] || d == dist[e.to] && cmp.Or(hops[at]+1-hops[e.to], via-first[e.to]) >= 0 {
 				continue
 			}
-			dist[e.to], first[e.to], hops[e.to], rtt[e.to] = d, via, hops[at]+1, rtt[at]+l.rtt
+			dist[e.to], first[e.to], hops[e.to], rtt[e.to] = d, via, hops[at]+1, rtt[at]+e.rtt
 			queue.push(item{d, e.to})
 		}
 	}
@@ -265,18 +273,15 @@ func (g *graph) routes() *Routes {
 }
 
 func (g *graph) why(dst int, relayed time.Duration) string {
-	own, ok := g.report(g.self, dst)
+	own := g.edges[g.self]
+	i, ok := slices.BinarySearchFunc(own, dst, func(e edge, dst int) int { return e.to - dst })
 	switch {
 	case !ok:
 		return "no direct link"
-	case own.damped:
+	case own[i].damped:
 		return "direct link is unsteady"
 	}
-	l, _ := g.link(g.self, own)
-	if l.damped {
-		return "direct link is unsteady"
-	}
-	return fmt.Sprintf("relay takes %v, direct link %v", relayed.Round(time.Millisecond), l.rtt.Round(time.Millisecond))
+	return fmt.Sprintf("relay takes %v, direct link %v", relayed.Round(time.Millisecond), own[i].rtt.Round(time.Millisecond))
 }
 
 // heap is a binary heap of nodes by distance.

@@ -184,8 +184,9 @@ func (t *Topology) SetLinks(links []PeerLink) [][]byte {
 		dirty[page] = true
 	}
 	var out []*record
-	for i := range t.links {
+	for i, links := range t.links {
 		if dirty[i] {
+			slices.SortFunc(links, func(a, b PeerLink) int { return a.To.Compare(b.To) }) // spares the others sorting
 			out = append(out, t.stampLocked(i+1))
 		}
 	}
@@ -205,9 +206,8 @@ func (t *Topology) stampLocked(page int) *record {
 		r.peer = t.me
 		r.body = appendPeer(nil, &t.me)
 	} else {
-		r.links = slices.Clone(t.links[page-1])
-		for i := range r.links {
-			r.body = appendLink(r.body, &r.links[i])
+		for i := range t.links[page-1] {
+			r.body = appendLink(r.body, &t.links[page-1][i])
 		}
 	}
 	r.sig = t.keys.Sign(r.signed())
@@ -510,7 +510,9 @@ func (t *Topology) Peers() []PeerView {
 			v.State = Suspect
 		}
 		for _, page := range e.livePages() {
-			v.Links = append(v.Links, page.links...)
+			for l, rest := cutLink(page.body); l != nil; l, rest = cutLink(rest) {
+				v.Links = append(v.Links, l.parse())
+			}
 		}
 		if name == t.self {
 			v.State = Alive

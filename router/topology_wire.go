@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"time"
 
 	"meshd/mesh"
 )
@@ -80,9 +81,8 @@ type record struct {
 	epoch   Epoch
 	version uint32
 	sig     [64]byte
-	body    []byte // as it came, with what a newer version may have appended; never changed
-	peer    Peer   // page 0
-	links   []PeerLink
+	body    []byte    // as it came, with what a newer version may have appended; never changed
+	peer    Peer      // page 0
 	digest  mesh.Item // of all the above, made on first use
 }
 
@@ -160,7 +160,7 @@ func parseNews(b []byte, have func(pageID) *record) ([]*record, error) {
 			r.peer, err = parsePeer(r.body)
 			r.peer.Name, r.peer.Run, r.peer.Incarnation = r.id.peer, r.epoch.Run, r.epoch.Incarnation
 		} else {
-			r.links, err = parseLinks(r.body, r.id.peer)
+			err = checkLinks(r.body, r.id.peer)
 		}
 		if err != nil {
 			return nil, err
@@ -239,35 +239,53 @@ func appendLink(b []byte, l *PeerLink) []byte {
 	return binary.BigEndian.AppendUint16(b, l.Addr.Port())
 }
 
-func parseLinks(b []byte, from mesh.PeerName) ([]PeerLink, error) {
-	var out []PeerLink
-	for len(b) > 0 {
+// checkLinks checks the body of a page of from's links.
+func checkLinks(b []byte, from mesh.PeerName) error {
+	count := 0
+	for ; len(b) > 0; b = b[1+int(b[0]):] {
 		n := int(b[0])
 		if n < linkBody4 || len(b) < 1+n {
-			return nil, fmt.Errorf("%w: link of %d bytes", errRecord, n)
+			return fmt.Errorf("%w: link of %d bytes", errRecord, n)
 		}
-		l, rest := b[1:1+n], b[1+n:]
-		a := int(l[10])
-		if a != 4 && a != 16 || n < 11+a+2 {
-			return nil, fmt.Errorf("%w: address of %d bytes", errRecord, a)
+		if a := int(b[11]); a != 4 && a != 16 || n < 11+a+2 {
+			return fmt.Errorf("%w: address of %d bytes", errRecord, a)
 		}
-		addr, _ := netip.AddrFromSlice(l[11 : 11+a])
-		link := PeerLink{
-			To:       mesh.PeerName(l[:6]),
-			Outbound: l[6]&wireOutbound != 0,
-			Sealed:   l[6]&wireSealed != 0,
-			Damped:   l[6]&wireDamped != 0,
-			RTT:      rttOf(l[7]),
-			MTU:      int(binary.BigEndian.Uint16(l[8:])),
-			Addr:     netip.AddrPortFrom(addr.Unmap(), binary.BigEndian.Uint16(l[11+a:])),
+		if to := wireLink(b[1 : 1+n]).to(); to.IsZero() || to == from || count == linksPerPage {
+			return fmt.Errorf("%w: link to %v", errRecord, to)
 		}
-		if link.To.IsZero() || link.To == from || len(out) == linksPerPage {
-			return nil, fmt.Errorf("%w: link to %v", errRecord, link.To)
-		}
-		out = append(out, link)
-		b = rest
+		count++
 	}
-	return out, nil
+	return nil
+}
+
+// wireLink is one link of a page that was checked. A mesh has tens of thousands, so they are held as they came.
+type wireLink []byte
+
+func (l wireLink) to() mesh.PeerName  { return mesh.PeerName(l[:6]) }
+func (l wireLink) damped() bool       { return l[6]&wireDamped != 0 }
+func (l wireLink) rtt() time.Duration { return rttOf(l[7]) }
+
+func (l wireLink) parse() PeerLink {
+	a := int(l[10])
+	addr, _ := netip.AddrFromSlice(l[11 : 11+a])
+	return PeerLink{
+		To:       l.to(),
+		Outbound: l[6]&wireOutbound != 0,
+		Sealed:   l[6]&wireSealed != 0,
+		Damped:   l.damped(),
+		RTT:      l.rtt(),
+		MTU:      int(binary.BigEndian.Uint16(l[8:])),
+		Addr:     netip.AddrPortFrom(addr.Unmap(), binary.BigEndian.Uint16(l[11+a:])),
+	}
+}
+
+// cutLink returns the first link of the body of a page, nil if there is none, and the rest.
+func cutLink(b []byte) (wireLink, []byte) {
+	if len(b) == 0 {
+		return nil, nil
+	}
+	n := 1 + int(b[0])
+	return wireLink(b[1:n]), b[n:]
 }
 
 // hash64 is FNV-1a with a final mix: digests are compared in parts, so every bit must depend on every byte.

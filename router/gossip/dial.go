@@ -48,6 +48,7 @@ type dialer struct {
 	targets []*target
 	old     []*target // addresses of an earlier run's peers, until they are met again
 	addrs   map[netip.AddrPort]*attempt
+	dialing map[netip.AddrPort]*attempt // those of addrs under way
 	known   map[mesh.PeerName]*knownPeer
 	linked  map[mesh.PeerName]netip.AddrPort
 	credit  float64
@@ -107,7 +108,8 @@ type candidate struct {
 func newDialer(self mesh.PeerName, port uint16, limit int, discovery bool, rng *rand.Rand) *dialer {
 	return &dialer{
 		self: self, port: port, limit: limit, discovery: discovery, rng: rng, credit: dialBurst,
-		addrs: map[netip.AddrPort]*attempt{}, known: map[mesh.PeerName]*knownPeer{}, linked: map[mesh.PeerName]netip.AddrPort{},
+		addrs: map[netip.AddrPort]*attempt{}, dialing: map[netip.AddrPort]*attempt{},
+		known: map[mesh.PeerName]*knownPeer{}, linked: map[mesh.PeerName]netip.AddrPort{},
 	}
 }
 
@@ -352,7 +354,8 @@ func (d *dialer) up(l router.Link, now time.Time) {
 	}
 	k.turn = 0
 	at := d.attempt(l.Addr)
-	at.peer, at.worked, at.dialing, at.refused, at.itself, at.err = name, true, false, false, false, nil
+	at.peer, at.worked, at.refused, at.itself, at.err = name, true, false, false, nil
+	d.ended(l.Addr)
 	// Other dials to it end as the tunnel says.
 }
 
@@ -388,7 +391,8 @@ func (d *dialer) failed(addr netip.AddrPort, who router.Hello, err error, now ti
 	if at == nil || !at.dialing {
 		return
 	}
-	at.dialing, at.err = false, err
+	at.err = err
+	d.ended(addr)
 	if who.Name.IsZero() {
 		return
 	}
@@ -406,9 +410,18 @@ func (d *dialer) failed(addr netip.AddrPort, who router.Hello, err error, now ti
 // itself notes that an address is our own: it is not dialled again.
 func (d *dialer) itself(addr netip.AddrPort, err error) {
 	at := d.attempt(addr)
-	at.dialing, at.itself, at.err, at.peer = false, true, err, d.self
+	at.itself, at.err, at.peer = true, err, d.self
+	d.ended(addr)
 	for _, k := range d.known {
 		k.addrs = slices.DeleteFunc(k.addrs, func(a netip.AddrPort) bool { return a == addr })
+	}
+}
+
+// ended notes that no dial of an address is under way any more.
+func (d *dialer) ended(addr netip.AddrPort) {
+	if at := d.dialing[addr]; at != nil {
+		at.dialing = false
+		delete(d.dialing, addr)
 	}
 }
 
@@ -436,13 +449,10 @@ func (d *dialer) wanted(a netip.AddrPort) bool {
 func (d *dialer) step(now time.Time) (dial []netip.AddrPort, resolve []*target) {
 	d.credit = min(d.credit+dialRate*now.Sub(d.at).Seconds(), dialBurst)
 	d.at = now
-	dialing := 0
-	for _, at := range d.addrs {
-		if at.dialing && now.Sub(at.since) > dialTimeout {
-			at.dialing, at.err = false, errors.New("no outcome")
-		}
-		if at.dialing {
-			dialing++
+	for addr, at := range d.dialing {
+		if now.Sub(at.since) > dialTimeout {
+			at.err = errors.New("no outcome")
+			d.ended(addr)
 		}
 	}
 	start := func(addr netip.AddrPort) bool {
@@ -454,7 +464,7 @@ func (d *dialer) step(now time.Time) (dial []netip.AddrPort, resolve []*target) 
 			return false
 		}
 		at.dialing, at.since = true, now
-		dialing++
+		d.dialing[addr] = at
 		dial = append(dial, addr)
 		return true
 	}
@@ -494,7 +504,7 @@ func (d *dialer) step(now time.Time) (dial []netip.AddrPort, resolve []*target) 
 		d.again(&t.retry, limit, now)
 	}
 
-	if !d.discovery || d.limit > 0 && len(d.linked)+dialing >= d.limit {
+	if !d.discovery || d.limit > 0 && len(d.linked)+len(d.dialing) >= d.limit {
 		return dial, resolve
 	}
 	var due []mesh.PeerName
@@ -511,7 +521,7 @@ func (d *dialer) step(now time.Time) (dial []netip.AddrPort, resolve []*target) 
 	d.rng.Shuffle(len(due), func(i, j int) { due[i], due[j] = due[j], due[i] })
 	slices.SortStableFunc(due, func(a, b mesh.PeerName) int { return d.known[a].retry.next.Compare(d.known[b].retry.next) })
 	for _, name := range due {
-		if d.credit < 1 || d.limit > 0 && len(d.linked)+dialing >= d.limit {
+		if d.credit < 1 || d.limit > 0 && len(d.linked)+len(d.dialing) >= d.limit {
 			break
 		}
 		k := d.known[name]

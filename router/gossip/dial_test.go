@@ -221,6 +221,7 @@ func TestPeersThatOthersTellOf(t *testing.T) {
 	// Refused, with proof of who it is.
 	now := t0.Add(6 * time.Hour)
 	d.attempt(at(2)).dialing = true
+	d.dialing[at(2)] = d.attempt(at(2))
 	d.failed(at(2), router.Hello{Name: pn(2)}, errors.New("limit"), now)
 	later := now.Add(time.Hour)
 	drive(d, now, time.Hour, at(2))

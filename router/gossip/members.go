@@ -68,7 +68,10 @@ func (m *members) run(ctx context.Context) error {
 	cfg.TCPTimeout = 5 * time.Second
 	cfg.PushPullInterval = time.Minute
 	cfg.Alive, cfg.Events = m, m
-	cfg.Logger = log.New(logWriter{m.log}, "", 0)
+	cfg.Logger = log.New(io.Discard, "", 0)
+	if m.log.Enabled(ctx, slog.LevelDebug) {
+		cfg.Logger.SetOutput(logWriter{m.log})
+	}
 	ml, err := memberlist.Create(cfg)
 	if err != nil {
 		return fmt.Errorf("membership: %w", err)

@@ -177,7 +177,7 @@ func New(cfg Config, under Underlay) *Node {
 		tables:   map[mesh.Channel]Table{},
 		handlers: map[mesh.Channel]func(mesh.PeerName, []byte){},
 		rng:      rand.New(rand.NewPCG(cfg.Seed, 2)),
-		state:    loopState{again: map[mesh.PeerName]time.Time{}},
+		state:    loopState{again: map[mesh.PeerName]time.Time{}, syncShares: map[mesh.PeerName]int{}},
 	}
 	n.tables[mesh.ChanTopology] = n.topology
 	n.dialer.remember(cfg.Remembered)
@@ -517,12 +517,18 @@ func (n *Node) handleSync(from mesh.PeerName, body []byte) {
 	}
 	n.state.syncCredit = min(n.state.syncCredit+syncRate*now.Sub(n.state.syncAt).Seconds(), syncBurst)
 	n.state.syncAt = now
+	if now.Sub(n.state.syncShared) >= time.Second {
+		n.state.syncShared = now
+		clear(n.state.syncShares)
+	}
 	for _, m := range out.replies {
-		if n.state.syncCredit < 1 {
+		// While many ask at once each gets a little, rather than a few everything: they have each other to ask for more.
+		if n.state.syncCredit < 1 || n.state.syncCredit < syncBurst/2 && n.state.syncShares[from] >= syncShare {
 			n.counters.unsent.Add(1)
 			break // the next comparison goes on from there
 		}
 		n.state.syncCredit--
+		n.state.syncShares[from]++
 		_ = n.send(from, m)
 	}
 }

@@ -20,6 +20,8 @@ const (
 	reachPause   = 500 * time.Millisecond
 	knowPause    = 100 * time.Millisecond // and 10 ms more for every peer
 	dialPause    = 50 * time.Millisecond  // between looks for whom to dial
+	bearPause    = 100 * time.Millisecond // between looks whether links lead to those who are told of,
+	bearQuiet    = time.Second            // if nothing changed
 	checkPause   = 3 * time.Second        // between looks for peers that are no members
 
 	syncEvery = 2 * time.Second        // between comparisons with a random peer
@@ -29,6 +31,7 @@ const (
 	lackPause = time.Second            // between such that are due to a missing key alone
 	syncRate  = 2000                   // messages a second in answer to comparisons
 	syncBurst = 500
+	syncShare = 8 // of them to each peer while they are scarce
 
 	memberDoubt   = 5 * time.Second // dead for so long to memberlist, a peer is suspected if we have no link to it
 	conflictPause = time.Minute     // before a peer that gave way to another of its name tries again
@@ -50,6 +53,8 @@ type loopState struct {
 	knewAt    uint64 // changes of the topology then
 	checked   time.Time
 	dialled   time.Time
+	bore      time.Time
+	boreAt    uint64 // changes of the topology then
 	synced    time.Time
 	hint      bool // others should compare with us
 	hinted    time.Time
@@ -63,6 +68,8 @@ type loopState struct {
 
 	syncCredit float64
 	syncAt     time.Time
+	syncShared time.Time
+	syncShares map[mesh.PeerName]int // messages since then
 }
 
 // step does whatever is due.
@@ -112,11 +119,13 @@ func (n *Node) onLink(ev router.LinkEvent, now time.Time) {
 		log.Info("link up", "outbound", ev.Link.Outbound, "sealed", ev.Link.Sealed, "mtu", ev.Link.MTU, "rtt", ev.Link.RTT)
 		n.state.publish = true
 		n.members.setDirect(name, true)
-		if !n.members.isMember(name) {
+		_, reached := n.routes.NextHop(name)
+		if !reached {
+			n.members.join(name) // it may have other members
+		} else if !n.members.isMember(name) {
 			n.members.introduce(name)
-			n.members.join(name)
 		}
-		if _, reached := n.routes.NextHop(name); !known && !reached {
+		if !known && !reached {
 			n.state.again[name] = now // it may be the first of a whole other part of the mesh
 		}
 	case router.LinkChanged:
@@ -223,8 +232,11 @@ func (n *Node) tell(events []router.StateChange) {
 	for _, ev := range events {
 		peer, _ := n.topology.Peer(ev.Peer)
 		n.log.Info("peer "+ev.State.String(), "peer", ev.Peer, "nickname", peer.NickName)
-		if ev.State == router.Gone {
+		switch {
+		case ev.State == router.Gone:
 			n.members.forget(ev.Peer)
+		case ev.State == router.Alive && !n.members.isMember(ev.Peer):
+			n.members.introduce(ev.Peer)
 		}
 		for _, f := range subscribers {
 			f(PeerEvent{ev.Peer, peer.NickName, ev.State})
@@ -346,7 +358,13 @@ func (n *Node) dial(ctx context.Context, now time.Time, lookups *sync.WaitGroup)
 	}
 	addrs, hosts := n.dialer.step(now)
 	var usurpers []mesh.PeerName
-	for name, ll := range n.book.live {
+	live, changes := n.book.live, n.topology.Changes()
+	if since := now.Sub(s.bore); since < bearPause || since < bearQuiet && changes == s.boreAt {
+		live = nil
+	} else {
+		s.bore, s.boreAt = now, changes
+	}
+	for name, ll := range live {
 		known, ok := n.topology.Peer(name)
 		if ok && known.Key != ll.link.Peer.Key {
 			usurpers = append(usurpers, name)

@@ -293,6 +293,11 @@ func answerItems(tables map[mesh.Channel]Table, salt uint64, b []byte) (out sync
 	for key := range theirs {
 		want = append(want, key)
 	}
+	if len(send) > 0 {
+		// Not everything may fit, and those who ask at the same time should not all get the same.
+		at := int(salt % uint64(len(send)))
+		send = slices.Concat(send[at:], send[:at])
+	}
 	for part := range slices.Chunk(want, keysPerMsg) {
 		m := []byte{byte(mesh.ChanSync), syncWant, byte(ch)}
 		for _, key := range part {

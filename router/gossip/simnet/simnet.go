@@ -55,10 +55,12 @@ type Net struct {
 
 	mu    sync.Mutex // guards all below and all hosts
 	rng   *rand.Rand
-	queue events
-	seq   uint64
+	begun time.Time
+	times times                               // when something happens, since then,
+	what  map[time.Duration][]func(time.Time) // and what, in order
 	hosts map[netip.AddrPort]*Host
-	cut   map[[2]netip.AddrPort]bool // directed
+	place map[netip.AddrPort]int32 // numbers every address that somebody was ever at
+	cut   map[[2]int32]bool        // directed
 	loss  float64
 	twice float64
 	late  float64
@@ -66,7 +68,7 @@ type Net struct {
 	vary  time.Duration
 	slot  time.Duration
 	stats Stats
-	kinds map[[2]byte]Count
+	kinds map[[2]byte]*Count
 }
 
 // Count is what was sent of one kind of message, on every link on its way.
@@ -79,7 +81,8 @@ const lateness = 2 * time.Second
 type Stats struct {
 	Delivered, Lost, NoRoute, Full uint64
 	Strayed                        uint64 // came to a relay whose way has more links than are left
-	Loops                          uint64 // came to the same relay again
+	Returned                       uint64 // of those that strayed: came to the same relay again
+	Loops                          uint64 // came to the same relay again and went on
 }
 
 // Host is one peer's access to the net: a gossip.Underlay.
@@ -87,6 +90,7 @@ type Host struct {
 	net     *Net
 	hello   router.Hello
 	addr    netip.AddrPort
+	place   int32
 	handler Handler
 	routes  *router.LiveRoutes
 	streams chan net.Conn
@@ -115,25 +119,17 @@ func (l *link) other(h *Host) *Host {
 	return l.ends[0]
 }
 
-type event struct {
-	at  time.Time
-	seq uint64
-	do  func(now time.Time)
-}
+// times is a heap.
+type times []time.Duration
 
-type events []event
-
-func (e events) Len() int { return len(e) }
-func (e events) Less(i, j int) bool {
-	return e[i].at.Before(e[j].at) || e[i].at.Equal(e[j].at) && e[i].seq < e[j].seq
-}
-func (e events) Swap(i, j int) { e[i], e[j] = e[j], e[i] }
-func (e *events) Push(x any)   { *e = append(*e, x.(event)) }
-func (e *events) Pop() any {
-	old := *e
+func (t times) Len() int           { return len(t) }
+func (t times) Less(i, j int) bool { return t[i] < t[j] }
+func (t times) Swap(i, j int)      { t[i], t[j] = t[j], t[i] }
+func (t *times) Push(x any)        { *t = append(*t, x.(time.Duration)) }
+func (t *times) Pop() any {
+	old := *t
 	x := old[len(old)-1]
-	old[len(old)-1] = event{}
-	*e = old[:len(old)-1]
+	*t = old[:len(old)-1]
 	return x
 }
 
@@ -141,9 +137,10 @@ func (e *events) Pop() any {
 func New(seed uint64) *Net {
 	return &Net{
 		wake: make(chan struct{}, 1), rng: rand.New(rand.NewPCG(seed, 77)),
-		hosts: map[netip.AddrPort]*Host{}, cut: map[[2]netip.AddrPort]bool{},
+		begun: time.Now(), what: map[time.Duration][]func(time.Time){}, hosts: map[netip.AddrPort]*Host{},
+		place: map[netip.AddrPort]int32{}, cut: map[[2]int32]bool{},
 		delay: time.Millisecond, vary: time.Millisecond / 4,
-		kinds: map[[2]byte]Count{},
+		kinds: map[[2]byte]*Count{},
 	}
 }
 
@@ -154,19 +151,21 @@ func (n *Net) Run(ctx context.Context) error {
 	for {
 		n.mu.Lock()
 		now := time.Now()
-		var ready []event
-		for len(n.queue) > 0 && !n.queue[0].at.After(now) {
-			ready = append(ready, heap.Pop(&n.queue).(event))
-		}
 		next := time.Hour
-		if len(n.queue) > 0 {
-			next = n.queue[0].at.Sub(now)
+		var ready []func(time.Time)
+		if len(n.times) > 0 {
+			next = n.times[0] - now.Sub(n.begun)
+		}
+		if next <= 0 {
+			at := heap.Pop(&n.times).(time.Duration)
+			ready = n.what[at]
+			delete(n.what, at)
 		}
 		n.mu.Unlock()
-		for _, ev := range ready {
-			ev.do(now)
+		for _, do := range ready {
+			do(now)
 		}
-		if len(ready) > 0 {
+		if next <= 0 {
 			continue
 		}
 		timer.Reset(next)
@@ -180,13 +179,16 @@ func (n *Net) Run(ctx context.Context) error {
 }
 
 func (n *Net) afterLocked(d time.Duration, do func(now time.Time)) {
-	n.seq++
-	at := time.Now().Add(d)
+	at := time.Since(n.begun) + d
 	if n.slot > 0 {
-		at = at.Add(n.slot - 1).Truncate(n.slot)
+		at = (at + n.slot - 1) / n.slot * n.slot
 	}
-	heap.Push(&n.queue, event{at, n.seq, do})
-	if n.queue[0].seq != n.seq {
+	n.what[at] = append(n.what[at], do)
+	if len(n.what[at]) > 1 {
+		return
+	}
+	heap.Push(&n.times, at)
+	if n.times[0] != at {
 		return // it is not the next one
 	}
 	select {
@@ -199,7 +201,10 @@ func (n *Net) afterLocked(d time.Duration, do func(now time.Time)) {
 func (n *Net) Add(hello router.Hello, addr netip.AddrPort) *Host {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	h := &Host{net: n, hello: hello, addr: addr, links: map[mesh.PeerName]*link{}, streams: make(chan net.Conn, 16)}
+	if _, ok := n.place[addr]; !ok {
+		n.place[addr] = int32(len(n.place))
+	}
+	h := &Host{net: n, hello: hello, addr: addr, place: n.place[addr], links: map[mesh.PeerName]*link{}, streams: make(chan net.Conn, 16)}
 	n.hosts[addr] = h
 	return h
 }
@@ -255,13 +260,13 @@ func (h *Host) Leave() {
 }
 
 // Cut stops datagrams between two addresses.
-func (n *Net) Cut(a, b *Host) { n.set(true, a, b); n.set(true, b, a) }
+func (n *Net) Cut(a, b *Host) { n.set(true, [2]*Host{a, b}, [2]*Host{b, a}) }
 
 // CutOneWay stops datagrams from one address to another.
-func (n *Net) CutOneWay(from, to *Host) { n.set(true, from, to) }
+func (n *Net) CutOneWay(from, to *Host) { n.set(true, [2]*Host{from, to}) }
 
 // Heal undoes Cut and CutOneWay.
-func (n *Net) Heal(a, b *Host) { n.set(false, a, b); n.set(false, b, a) }
+func (n *Net) Heal(a, b *Host) { n.set(false, [2]*Host{a, b}, [2]*Host{b, a}) }
 
 // HealAll undoes all cuts.
 func (n *Net) HealAll() {
@@ -272,11 +277,13 @@ func (n *Net) HealAll() {
 
 // Split cuts every path between the two groups.
 func (n *Net) Split(left, right []*Host) {
+	var ways [][2]*Host
 	for _, a := range left {
 		for _, b := range right {
-			n.Cut(a, b)
+			ways = append(ways, [2]*Host{a, b}, [2]*Host{b, a})
 		}
 	}
+	n.set(true, ways...)
 }
 
 // SetLoss drops that share of all datagrams, at random.
@@ -342,21 +349,29 @@ func (n *Net) Stats() Stats {
 func (n *Net) Kinds() map[[2]byte]Count {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return maps.Clone(n.kinds)
+	out := map[[2]byte]Count{}
+	for kind, c := range n.kinds {
+		out[kind] = *c
+	}
+	return out
 }
 
-func (n *Net) set(cut bool, from, to *Host) {
+// set cuts ways, each from one host to another, or heals them.
+func (n *Net) set(cut bool, ways ...[2]*Host) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	pair := [2]netip.AddrPort{from.addr, to.addr}
-	if !cut {
-		delete(n.cut, pair)
-		return
-	}
-	n.cut[pair] = true
-	for _, h := range [2]*Host{from, to} {
-		for _, l := range h.links {
-			if l.other(h).addr == from.addr || l.other(h).addr == to.addr {
+	for _, w := range ways {
+		pair := [2]int32{w[0].place, w[1].place}
+		if !cut {
+			delete(n.cut, pair)
+			continue
+		}
+		n.cut[pair] = true
+		for _, h := range w {
+			if l := h.links[w[0].hello.Name]; l != nil {
+				n.watchLocked(l)
+			}
+			if l := h.links[w[1].hello.Name]; l != nil {
 				n.watchLocked(l)
 			}
 		}
@@ -365,7 +380,7 @@ func (n *Net) set(cut bool, from, to *Host) {
 
 // passesLocked reports whether datagrams get from one host to the other.
 func (n *Net) passesLocked(from, to *Host) bool {
-	return !from.dead && !to.dead && !n.cut[[2]netip.AddrPort{from.addr, to.addr}]
+	return !from.dead && !to.dead && (len(n.cut) == 0 || !n.cut[[2]int32{from.place, to.place}])
 }
 
 func (n *Net) wellLocked(l *link) bool {
@@ -562,7 +577,7 @@ type parcel struct {
 	src *Host
 	dst mesh.PeerName
 	msg []byte
-	met map[*Host]bool // relays that it has been at
+	met []*Host // relays that it has been at
 }
 
 // forwardLocked carries a message one hop on, by the rules of the tunnel: a relay never sends back to where it
@@ -584,17 +599,18 @@ func (n *Net) forwardLocked(p *parcel, at, from *Host, left int) {
 	if left < 0 {
 		left = links
 	} else {
-		if p.met[at] {
-			n.stats.Loops++
-		}
+		again := slices.Contains(p.met, at)
 		if left, ok = router.Onward(left, links); !ok {
 			drop(&n.stats.Strayed)
+			if again {
+				n.stats.Returned++
+			}
 			return
 		}
-		if p.met == nil {
-			p.met = map[*Host]bool{}
+		if again {
+			n.stats.Loops++
 		}
-		p.met[at] = true
+		p.met = append(p.met, at)
 	}
 	to := l.other(at)
 	at.Sent += uint64(len(p.msg))
@@ -603,7 +619,12 @@ func (n *Net) forwardLocked(p *parcel, at, from *Host, left int) {
 		kind[1] = p.msg[6] // after the checksum
 	}
 	c := n.kinds[kind]
-	n.kinds[kind] = Count{c.Messages + 1, c.Bytes + uint64(len(p.msg))}
+	if c == nil {
+		c = &Count{}
+		n.kinds[kind] = c
+	}
+	c.Messages++
+	c.Bytes += uint64(len(p.msg))
 	if !n.passesLocked(at, to) || n.loss > 0 && n.rng.Float64() < n.loss {
 		drop(&n.stats.Lost)
 		return
@@ -611,7 +632,7 @@ func (n *Net) forwardLocked(p *parcel, at, from *Host, left int) {
 	n.carryLocked(p, at, to, left)
 	if n.twice > 0 && n.rng.Float64() < n.twice {
 		p.src.inFlight++
-		n.carryLocked(&parcel{p.src, p.dst, p.msg, maps.Clone(p.met)}, at, to, left)
+		n.carryLocked(&parcel{p.src, p.dst, p.msg, slices.Clone(p.met)}, at, to, left)
 	}
 }
 
