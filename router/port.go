@@ -80,10 +80,11 @@ const (
 	ReasonNoPeer           // nobody to send it to
 	ReasonNeighbour        // an ARP or ND packet claims an address that is another endpoint's
 	ReasonIsolated         // sender and addressee are endpoints that share no subnet
+	ReasonRate             // its sender floods too much: frames for addresses that nobody knows
 	reasonCount
 )
 
-var reasonNames = [reasonCount]string{"none", "runt", "local", "link_control", "source", "moved", "forged_source", "no_peer", "neighbour", "isolated"}
+var reasonNames = [reasonCount]string{"none", "runt", "local", "link_control", "source", "moved", "forged_source", "no_peer", "neighbour", "isolated", "rate"}
 
 func (r Reason) String() string {
 	if int(r) < len(reasonNames) {

@@ -42,6 +42,7 @@ type Switch struct {
 
 	known   *endpoints
 	learned *fdb
+	unknown limiter
 	peers   atomic.Pointer[peerTable]
 	floods  atomic.Pointer[map[mesh.MAC][]mesh.PeerName] // by sending endpoint of ours
 	drops   [reasonCount]atomic.Uint64
@@ -114,6 +115,9 @@ func (s *Switch) FromBridge(frame, scratch []byte, now time.Time) Decision {
 		}
 		switch who := s.learned.lookup(dst, s.seconds(now)); who {
 		case noOwner:
+			if !s.unknown.take(src, now.Sub(s.started)) {
+				return s.drop(ReasonRate)
+			}
 		case ownerBridge:
 			return s.drop(ReasonLocal)
 		default:

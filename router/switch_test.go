@@ -240,6 +240,36 @@ func TestOddNeighbours(t *testing.T) {
 	}
 }
 
+// L6: who sends to addresses that nobody knows, which go to everybody, is limited; others are not, nor is what goes to known ones.
+func TestUnknownStorm(t *testing.T) {
+	s := testSwitch()
+	flooded := 0
+	const perSecond = 200_000
+	for i := range 3 * perSecond {
+		now := t0.Add(time.Duration(i) * time.Second / perSecond)
+		d := s.FromBridge(frame(mesh.MAC{2, 9, 9, byte(i >> 16), byte(i >> 8), byte(i)}, mc(11), 0x800), nil, now)
+		if d.Verdict == Flood {
+			flooded++
+		}
+		if i%1000 != 0 {
+			continue
+		}
+		for what, f := range map[string][]byte{
+			"flood 3 4": frame(mesh.MAC{2, 9}, mc(12), 0x800), "to 2": frame(mc(21), mc(11), 0x800), "flood 2 4": frame(broadcast, mc(11), 0x800),
+		} {
+			if got := describe(s.FromBridge(f, nil, now)); got != what {
+				t.Fatalf("during the storm: %s, want %s", got, what)
+			}
+		}
+	}
+	if most := unknownBurst + 3*unknownPerSecond + 1; flooded > most || flooded < most*9/10 {
+		t.Errorf("%d frames to unknown addresses went to everybody in 3 s, want %d", flooded, most)
+	}
+	if n := s.Drops()["rate"]; n != uint64(3*perSecond-flooded) {
+		t.Errorf("%d drops counted, want %d", n, 3*perSecond-flooded)
+	}
+}
+
 func TestAnswers(t *testing.T) {
 	s := testSwitch()
 	d := s.FromBridge(arp(1, broadcast, mc(11), "10.2.1.1", mesh.MAC{}, "10.2.1.2"), make([]byte, 128), t0)
