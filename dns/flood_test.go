@@ -54,7 +54,7 @@ func TestFlood(t *testing.T) {
 	)
 	thread := func(g *sync.WaitGroup, f func() error) {
 		g.Go(func() {
-			runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+			runtime.LockOSThread()                   // and never unlocked: the thread ends with the goroutine
 			before := cpuTime(t, unix.RUSAGE_THREAD) // of others' work
 			err := f()
 			used := cpuTime(t, unix.RUSAGE_THREAD) - before

@@ -62,8 +62,12 @@ type entry struct {
 	rivals map[mesh.PeerName]time.Time // who has told us of another bearer, and when last
 }
 
-// maxPeers bounds what a peer gone mad can make us hold.
-const maxPeers = 1 << 14
+// Bounds on what a peer gone mad, or as many as it makes keys, can make us hold. A record takes up to 1.3 kB.
+const (
+	maxPeers   = 1 << 14
+	maxRecords = 1 << 16 // of all peers; beyond them
+	surePages  = 2       // pages of links are taken of each peer
+)
 
 // rivalProof is how often another run must outbid us before we believe that it lives: remains of an
 // earlier run turn up once, or twice after a partition, but do not answer.
@@ -343,7 +347,10 @@ func (t *Topology) staleLocked(r *record) bool {
 		return true // of a run that is over
 	}
 	old := e.pages[r.id.page]
-	return old != nil && !r.newer(old)
+	if old == nil {
+		return r.id.page > surePages && len(t.byKey) >= maxRecords
+	}
+	return !r.newer(old)
 }
 
 // echoLocked reports whether a record of our own name is our own word, or older.

@@ -102,6 +102,35 @@ func TestLinksSpreadOverPages(t *testing.T) {
 	}
 }
 
+// A member that turned can be as many peers as it makes keys, each with links without end. What is kept of them is bounded, and
+// honest peers that come later find room.
+func TestRecordsOfLiars(t *testing.T) {
+	observer := newTopology(newPeer(1))
+	body := appendLink(nil, &PeerLink{To: pn(1), Addr: netip.MustParseAddrPort("192.0.2.1:6783")})
+	says := func(peer int, page uint8) []byte {
+		p := newPeer(peer)
+		r := &record{id: pageID{p.Name, page}, epoch: Epoch{1, 1}, version: 1, body: body}
+		if page == 0 {
+			r.body = appendPeer(nil, &p)
+		}
+		r.sig = testKeys(p.Key).Sign(r.signed())
+		return appendRecord(nil, r)
+	}
+	for peer := 2; peer < 300; peer++ {
+		for page := range maxPages + 1 {
+			_, _ = observer.Merge(pn(2), says(peer, uint8(page)))
+		}
+	}
+	if n := len(observer.Items()); n < maxRecords || n > maxRecords+(1+surePages)*300 {
+		t.Errorf("%d records are kept, want little more than %d", n, maxRecords)
+	}
+	for page := range 1 + surePages {
+		if news, err := observer.Merge(pn(400), says(400, uint8(page))); err != nil || news == nil {
+			t.Errorf("page %d of an honest peer is not taken: %v", page, err)
+		}
+	}
+}
+
 func TestRestartSupersedes(t *testing.T) {
 	old, other := newTopology(newPeer(1)), newTopology(newPeer(2))
 	old.SetLinks([]PeerLink{linkTo(2, time.Millisecond), linkTo(3, time.Millisecond)})
@@ -422,6 +451,52 @@ func TestRoutes(t *testing.T) {
 	live.Store(r)
 	if n := testing.AllocsPerRun(100, func() { live.NextHop(pn(3)) }); n != 0 {
 		t.Errorf("NextHop allocates %v times", n)
+	}
+}
+
+// Relays whose views differ in any way, as in a mesh that is falling apart: a datagram may come to one of them again,
+// where it is dropped, and takes no more links than its sender counts and one. Relays whose routes change on its way
+// pass it on again only by a shorter one, so that this is the limit as well.
+func TestOnward(t *testing.T) {
+	rng := rand.New(rand.NewPCG(1, 3))
+	returned, again := 0, 0
+	for range 100_000 {
+		n := 3 + rng.IntN(8)
+		via, links := make([]int, n), make([]int, n)
+		draw := func(i int) { via[i], links[i] = (i+1+rng.IntN(n-1))%n, 1+rng.IntN(n) }
+		for i := range n {
+			draw(i)
+		}
+		moving := rng.IntN(2) == 0
+		at, left, taken := via[0], links[0], 1 // from peer 0, for somebody whom nobody reaches
+		passed := map[int]int{}                // by how many links a relay counted when it passed it on
+		for {
+			before, been := passed[at]
+			next, ok := Onward(left, links[at])
+			if been && !ok {
+				returned++
+			}
+			if !ok {
+				break
+			}
+			if been {
+				again++
+				if !moving || links[at] >= before {
+					t.Fatalf("relay %d of %v passes on again what it has had, first by %d links, now by %d", at, via, before, links[at])
+				}
+			}
+			passed[at] = links[at]
+			at, left, taken = via[at], next, taken+1
+			if taken > links[0]+1 {
+				t.Fatalf("%d links taken, the sender counted %d", taken, links[0])
+			}
+			if moving {
+				draw(rng.IntN(n))
+			}
+		}
+	}
+	if returned == 0 || again == 0 {
+		t.Errorf("%d came back and were dropped, %d were passed on again: nothing is shown", returned, again)
 	}
 }
 

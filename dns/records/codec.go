@@ -132,6 +132,15 @@ type endpoint struct {
 	names []string       // sorted
 }
 
+// memory is about what an endpoint takes, in bytes, with its places in all indexes and in the switch. Each name
+// is found with all addresses, and each address with all names.
+func (e *endpoint) memory() int {
+	if e == nil {
+		return 0
+	}
+	return 1024 + 2*len(e.body) + 256*len(e.addrs) + len(e.names)*(256+64*len(e.addrs))
+}
+
 type handmade struct {
 	sealed
 	addr  netip.Addr

@@ -101,12 +101,21 @@ func (t *Table) mergeEndpointLocked(e *endpoint) bool {
 	case e.peer == t.self && e.ver.gen >= t.gen:
 		t.bumpLocked(e.ver.gen)
 		return false
-	case r == nil && len(p.rows) >= maxEndpointRows:
+	case r == nil && len(p.rows) >= maxEndpointRows, !t.fitsLocked(p, r, e):
 		t.refused++
 		return false
 	}
 	t.putLocked(e)
 	return true
+}
+
+// fitsLocked reports whether there is room for e in the place of r.
+func (t *Table) fitsLocked(p *peer, r *row, e *endpoint) bool {
+	more := e.memory()
+	if r != nil {
+		more -= r.rec.(*endpoint).memory()
+	}
+	return more <= 0 || t.memory+more <= t.room || p.memory+more <= sureMemory
 }
 
 func (t *Table) mergeHandmadeLocked(h *handmade) bool {

@@ -478,6 +478,74 @@ func TestMemory(t *testing.T) {
 	runtime.KeepAlive(table)
 }
 
+// A member that turned can be as many peers as it makes keys, and each says that it has endpoints without end. What they take is
+// bounded, whatever their form, and honest peers that come later find room.
+func TestMemoryOfLiars(t *testing.T) {
+	const room = 4 << 20
+	names := func(i, n int) (all []string) {
+		for j := range n {
+			all = append(all, fmt.Sprintf("%x-%x.mesh.internal.", i, j))
+		}
+		return all
+	}
+	for what, form := range map[string]struct{ names, addrs int }{
+		"bare": {0, 1}, "usual": {2, 1}, "many names": {40, 1}, "many addresses": {1, 32}, "many of both": {16, 24},
+	} {
+		t.Run(what, func(t *testing.T) {
+			table := openTest(t, 1, nil)
+			table.room = room
+			sent := 0
+			var before, after runtime.MemStats
+			runtime.GC()
+			runtime.ReadMemStats(&before)
+			for peer := 2; table.Stats().Refused < 500 && peer < 30; peer++ {
+				liar := openTest(t, peer, nil)
+				liar.Settle()
+				for i := range 250 {
+					e := endpointN(peer<<10+i, names(peer<<10+i, form.names)...)
+					for j := len(e.Addrs); j < form.addrs; j++ {
+						e.Addrs = append(e.Addrs, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(j), byte(i >> 8), byte(i)}), 12))
+					}
+					liar.Announce(e)
+				}
+				for _, d := range liar.Drain(1100) {
+					if _, err := table.Merge(peerN(2), d); err != nil {
+						t.Fatal(err)
+					}
+					sent += len(d)
+				}
+			}
+			runtime.GC()
+			runtime.ReadMemStats(&after)
+			held := int(after.HeapAlloc) - int(before.HeapAlloc)
+			t.Logf("of %d bytes in rows %d endpoints are kept, which take %.1f MiB; %.1f reckoned", sent, table.Stats().Endpoints,
+				float64(held)/(1<<20), float64(table.memory)/(1<<20))
+			if most := room + table.Stats().Peers*sureMemory; table.memory > most || held > most*5/4 {
+				t.Errorf("%d bytes, %d reckoned; want %d at most", held, table.memory, most)
+			}
+			honest := openTest(t, 999, nil)
+			honest.Settle()
+			for i := range 5 {
+				honest.Announce(endpointN(i, fmt.Sprintf("honest-%d.mesh.internal.", i)))
+			}
+			exchange(t, honest, table)
+			for i := range 5 {
+				if table.Find([]byte(WireName(fmt.Sprintf("honest-%d.mesh.internal.", i)))) == nil {
+					t.Errorf("no room for endpoint %d of an honest peer", i)
+				}
+			}
+			for peer := range table.peers {
+				if peer != table.self {
+					table.SetPeerState(peer, Gone)
+				}
+			}
+			if table.memory != 0 {
+				t.Errorf("%d bytes are reckoned for nothing", table.memory)
+			}
+		})
+	}
+}
+
 func BenchmarkFind(b *testing.B) {
 	table := openTest(b, 1, nil)
 	names := make([][]byte, 10_000)

@@ -42,13 +42,16 @@ const (
 	bumpEvery = time.Second
 )
 
-// Bounds on what other peers can make this table hold.
+// Bounds on what other peers can make this table hold. One member can be many peers, each with a key of its own: so what
+// endpoints take is bounded as a whole, but for a share that is each peer's whatever the others take.
 const (
 	maxPeers          = 1 << 13
-	maxEndpointRows   = 1 << 15 // of one peer
-	maxHandmade       = 1 << 16 // rows, tombstones included
-	maxHandmadeDead   = 1 << 14 // tombstones among them
-	ownTombstones     = 64      // endpoints withdrawn before the floor is raised past them
+	maxEndpointRows   = 1 << 15   // of one peer
+	maxEndpointMemory = 256 << 20 // bytes, as endpoint.memory has it: some 100,000 endpoints of the usual kind
+	sureMemory        = 32 << 10  // bytes of one peer
+	maxHandmade       = 1 << 16   // rows, tombstones included
+	maxHandmadeDead   = 1 << 14   // tombstones among them
+	ownTombstones     = 64        // endpoints withdrawn before the floor is raised past them
 	maxPersistedBatch = 1 << 12
 )
 
@@ -121,6 +124,8 @@ type Table struct {
 	bumped   time.Time
 	bumpTo   uint64 // generation to exceed at the next Expire; zero: none
 	refused  uint64 // rows ignored because a bound was reached
+	memory   int    // of all endpoints
+	room     int    // for them; maxEndpointMemory but in tests
 	out      []*row // to be sent
 	unsaved  map[*row]bool
 	saveGen  bool
@@ -153,6 +158,7 @@ type peer struct {
 	stranger bool // SetPeerState never spoke of it
 	seen     time.Time
 	rows     rowHeap
+	memory   int  // of the rows
 	floor    *row // nil: nothing is dead yet
 }
 
@@ -217,6 +223,7 @@ func Open(cfg Config) (*Table, error) {
 		unsaved:    make(map[*row]bool),
 		gen:        1 << 32,
 		blank:      true,
+		room:       maxEndpointMemory,
 	}
 	t.names.seed, t.addrs.seed = maphash.MakeSeed(), maphash.MakeSeed()
 	t.peers[t.self] = &peer{seen: cfg.Now}
@@ -270,6 +277,7 @@ func (t *Table) putLocked(rec record) *row {
 			heap.Fix(&p.rows, r.place)
 		}
 		before, _ := was.(*endpoint)
+		t.chargeLocked(p, rec.memory()-before.memory())
 		t.ownLocked(r, rec.owner, !rec.gone)
 		if same := before != nil && before.gone == rec.gone && before.parts == rec.parts &&
 			slices.Equal(before.addrs, rec.addrs) && slices.Equal(before.names, rec.names); !same {
@@ -287,6 +295,11 @@ func (t *Table) putLocked(rec record) *row {
 	return r
 }
 
+func (t *Table) chargeLocked(p *peer, bytes int) {
+	p.memory += bytes
+	t.memory += bytes
+}
+
 // dropLocked forgets a row altogether.
 func (t *Table) dropLocked(r *row) {
 	old := t.viewLocked(r)
@@ -295,6 +308,7 @@ func (t *Table) dropLocked(r *row) {
 		t.peers[rec.peer].floor = nil
 	case *endpoint:
 		heap.Remove(&t.peers[rec.peer].rows, r.place)
+		t.chargeLocked(t.peers[rec.peer], -rec.memory())
 		t.ownLocked(r, rec.owner, false)
 		t.reindexLocked(r, old, view{})
 		if !rec.gone {
