@@ -21,7 +21,7 @@ type holder struct {
 
 func (h holder) String() string {
 	if h.pid == 0 {
-		return fmt.Sprintf("a process that cannot be told (%s on %s)", h.network, h.addr)
+		return fmt.Sprintf("something whose process is not seen from here (%s on %s)", h.network, h.addr)
 	}
 	return fmt.Sprintf("%s (pid %d, %s on %s)", h.process, h.pid, h.network, h.addr)
 }

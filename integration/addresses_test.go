@@ -110,6 +110,9 @@ func TestAddresses(t *testing.T) {
 			out, err := w.Host(1).Must(w.ctx, "status", "ipam")
 			return err == nil && strings.Contains(out, "unreachable")
 		}))
+		if out, err := w.Host(1).Must(w.ctx, "status", "peers"); err != nil || strings.Contains(out, "(h3)\n") {
+			t.Errorf("a peer that is gone is listed: %v\n%s", err, out)
+		}
 		out, err := w.Host(1).Must(w.ctx, "rmpeer", "h3")
 		if err != nil || !strings.Contains(out, "h3") || strings.HasPrefix(out, "0 ") {
 			t.Errorf("rmpeer: %v %q", err, out)

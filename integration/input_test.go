@@ -63,6 +63,8 @@ func TestPassword(t *testing.T) {
 	w.try(err)
 	if c := h1.Established(w.ctx)["h2"]; !c.Encrypted {
 		t.Errorf("the connection is not encrypted: %+v", c)
+	} else if !strings.Contains(c.Reason, "password") {
+		t.Errorf("the reason for the userspace path is given as %q", c.Reason)
 	}
 	c1 := w.netns(h1, "c1", "10.2.1.1/24")
 	c2 := w.netns(right, "c2", "10.2.1.2/24")
@@ -228,7 +230,9 @@ func TestRefusedLaunch(t *testing.T) {
 			defer func() { w.try(undo()) }()
 			with, err := h.Snapshot(w.ctx)
 			w.try(err)
-			w.refused(h, 1, words, "launch")
+			if r := w.refused(h, 1, words, "launch"); !strings.HasPrefix(r.Stderr, "meshctl: meshd did not start: ") {
+				t.Errorf("%s: want the cause first", r)
+			}
 			if err := lab.Until(w.ctx, time.Second, "meshd to be gone", func() bool { return h.Meshd() == 0 }); err != nil {
 				t.Error(err)
 				_, _ = h.Ctl(w.ctx, "reset", "--force")
@@ -268,11 +272,14 @@ func TestRefusedLaunch(t *testing.T) {
 		}
 		return func() (func() error, error) { return func() error { return run(undo) }, run(set) }
 	}
-	refused("UDPPortTaken", listener(func() (io.Closer, error) { return net.ListenPacket("udp", ":6783") }), "6783", "in use")
-	refused("TCPPortTaken", listener(func() (io.Closer, error) { return net.Listen("tcp", ":6783") }), "6783", "in use")
+	refused("UDPPortTaken", listener(func() (io.Closer, error) { return net.ListenPacket("udp", ":6783") }), "6783", "in use", "held by", "--port")
+	refused("TCPPortTaken", listener(func() (io.Closer, error) { return net.Listen("tcp", ":6783") }), "6783", "in use", "held by", "--port")
+	refused("StatusPortTaken", listener(func() (io.Closer, error) { return net.Listen("tcp", "127.0.0.1:6782") }), "6782", "held by", "--status-addr")
+	refused("StateDamaged", command("mkdir -p /var/lib/meshd && mv /var/lib/meshd/meshd.db /run/ && echo x > /var/lib/meshd/meshd.db", "mv /run/meshd.db /var/lib/meshd/"),
+		"/var/lib/meshd/meshd.db", "damaged", "reset --force")
 	refused("NoTUN", command("mount -t tmpfs none /dev/net", "umount /dev/net"), "/dev/net/tun")
-	refused("BridgeOfWrongKind", command("ip link add mesh type vxlan id 7 dstport 4790 local 198.18.1.2", "ip link del mesh"), "mesh", "vxlan", "bridge")
-	refused("TAPOfWrongKind", command("ip link add mesh-tap type bridge", "ip link del mesh-tap"), "mesh-tap", "bridge")
+	refused("BridgeOfWrongKind", command("ip link add mesh type vxlan id 7 dstport 4790 local 198.18.1.2", "ip link del mesh"), "mesh", "vxlan", "--bridge")
+	refused("TAPOfWrongKind", command("ip link add mesh-tap type bridge", "ip link del mesh-tap"), "mesh-tap", "bridge", "--tap")
 	refused("NameServersPortTaken", func() (func() error, error) {
 		_, err := h.Out(w.ctx, "/bin/sh", "-c", "ip link add docker0 type bridge && ip addr add 172.17.0.1/16 dev docker0 && ip link set docker0 up")
 		if err != nil {

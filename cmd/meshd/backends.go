@@ -14,6 +14,7 @@ import (
 	"meshd/ipam"
 	"meshd/mesh"
 	"meshd/proxy"
+	"meshd/router"
 )
 
 // The rooms in the words of those that use them.
@@ -150,19 +151,36 @@ type addressRing struct{ h *house }
 func (a addressRing) Prime(ctx context.Context) error { return a.h.addresses.Prime(ctx) }
 
 // RemovePeer takes a name or a nickname. Nobody of that name, or this peer itself, is 0 addresses.
-func (a addressRing) RemovePeer(ctx context.Context, peer string) (int, error) {
-	name, err := mesh.ParsePeerName(peer)
-	if err != nil {
-		for _, p := range a.h.gossip.Status().Peers {
-			if p.NickName == peer {
-				name = p.Name
-			}
+func (a addressRing) RemovePeer(ctx context.Context, peer string) (n int, err error) {
+	for _, name := range meant(peer, a.h.self, a.h.gossip.Status().Peers) {
+		taken, err := a.h.addresses.RemovePeer(ctx, name)
+		if n += taken; err != nil {
+			return n, err
 		}
 	}
-	if name.IsZero() || name == a.h.self {
-		return 0, nil
+	return n, nil
+}
+
+// meant is whom somebody means who says that a peer is gone. A host that was made anew has the nickname of the peer that
+// it was before: then that one is meant.
+func meant(peer string, self mesh.PeerName, all []router.PeerView) (gone []mesh.PeerName) {
+	if name, err := mesh.ParsePeerName(peer); err == nil {
+		return []mesh.PeerName{name}
 	}
-	return a.h.addresses.RemovePeer(ctx, name)
+	var here []mesh.PeerName
+	for _, p := range all {
+		switch {
+		case p.NickName != peer || p.Name == self:
+		case p.State == router.Alive:
+			here = append(here, p.Name)
+		default:
+			gone = append(gone, p.Name)
+		}
+	}
+	if len(gone) > 0 {
+		return gone
+	}
+	return here // who will be told that it is alive
 }
 
 // leavePause is time for the peers to hear that our endpoints are gone, before the daemon is stopped.

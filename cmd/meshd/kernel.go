@@ -45,8 +45,11 @@ func (k *kernelPath) open(cfg fastdp.Config, disabled bool) error {
 	case err != nil:
 		return err
 	}
-	if disabled {
+	switch {
+	case disabled:
 		k.off = "switched off by --no-fastdp"
+	case sealed:
+		k.off = "with a password all goes by userspace"
 	}
 	k.dp.Store(dp)
 	if !cfg.GuardOnly {

@@ -23,6 +23,7 @@ import (
 
 	"meshd/ipam"
 	"meshd/mesh"
+	"meshd/router"
 )
 
 func variables(pairs ...string) environment {
@@ -512,6 +513,23 @@ func TestLogHasOptionsAndNoSecrets(t *testing.T) {
 	}
 	if strings.Contains(b.String(), "hunter2") {
 		t.Errorf("the password is in %s", b.String())
+	}
+}
+
+func TestMeant(t *testing.T) {
+	peer := func(n byte, nick string, state router.PeerState) router.PeerView {
+		return router.PeerView{Peer: router.Peer{Name: mesh.PeerName{n}, NickName: nick}, State: state}
+	}
+	self, all := mesh.PeerName{1}, []router.PeerView{
+		peer(1, "host1", router.Alive), peer(2, "host2", router.Suspect), peer(3, "host2", router.Alive), peer(4, "host3", router.Alive),
+		peer(5, "host1", router.Suspect), peer(6, "host2", router.Suspect),
+	}
+	for said, want := range map[string][]mesh.PeerName{
+		"host2": {{2}, {6}}, "host1": {{5}}, "host3": {{4}}, "host4": nil, "03:00:00:00:00:00": {{3}}, "09:00:00:00:00:00": {{9}},
+	} {
+		if got := meant(said, self, all); !slices.Equal(got, want) {
+			t.Errorf("%s: got %v, want %v", said, got, want)
+		}
 	}
 }
 

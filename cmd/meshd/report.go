@@ -129,7 +129,9 @@ func (h *house) routerReport(st gossip.Status, kernel map[mesh.PeerName]fastdp.P
 		r.TrustedSubnets = append(r.TrustedSubnets, p.String())
 	}
 	for _, p := range st.Peers {
-		r.Peers = append(r.Peers, peerReport(p, st.Peers, nick))
+		if p.State == router.Alive { // of the others, "status ipam" shows those that matter
+			r.Peers = append(r.Peers, peerReport(p, st.Peers, nick))
+		}
 	}
 	for _, route := range st.Routes {
 		r.UnicastRoutes = append(r.UnicastRoutes, control.UnicastRoute{Dest: route.Dst, Via: route.Via, Hops: route.Hops, Why: route.Why})
