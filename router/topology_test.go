@@ -468,7 +468,8 @@ func TestOnward(t *testing.T) {
 			draw(i)
 		}
 		moving := rng.IntN(2) == 0
-		at, left, taken := via[0], links[0], 1 // from peer 0, for somebody whom nobody reaches
+		sent := links[0]
+		at, left, taken := via[0], sent, 1 // from peer 0, for somebody whom nobody reaches
 		passed := map[int]int{}                // by how many links a relay counted when it passed it on
 		for {
 			before, been := passed[at]
@@ -487,8 +488,8 @@ func TestOnward(t *testing.T) {
 			}
 			passed[at] = links[at]
 			at, left, taken = via[at], next, taken+1
-			if taken > links[0]+1 {
-				t.Fatalf("%d links taken, the sender counted %d", taken, links[0])
+			if taken > sent+1 {
+				t.Fatalf("%d links taken, the sender counted %d", taken, sent)
 			}
 			if moving {
 				draw(rng.IntN(n))

@@ -503,7 +503,7 @@ func (n *Node) pass(ch mesh.Channel, t Table, from mesh.PeerName, news []byte) {
 // have it. A few are asked to compare with us instead, and so on until nobody finds anything new.
 func (n *Node) handleSync(from mesh.PeerName, body []byte) {
 	now := time.Now()
-	out := answerSync(n.tables, body)
+	out := answerSync(n.tables, body, n.syncRoom(from, now))
 	if out.bad {
 		n.counters.malformed.Add(1)
 		return
@@ -515,22 +515,31 @@ func (n *Node) handleSync(from mesh.PeerName, body []byte) {
 			n.state.again[from] = now.Add(n.syncPause())
 		}
 	}
-	n.state.syncCredit = min(n.state.syncCredit+syncRate*now.Sub(n.state.syncAt).Seconds(), syncBurst)
-	n.state.syncAt = now
-	if now.Sub(n.state.syncShared) >= time.Second {
-		n.state.syncShared = now
-		clear(n.state.syncShares)
-	}
 	for _, m := range out.replies {
-		// While many ask at once each gets a little, rather than a few everything: they have each other to ask for more.
-		if n.state.syncCredit < 1 || n.state.syncCredit < syncBurst/2 && n.state.syncShares[from] >= syncShare {
-			n.counters.unsent.Add(1)
-			break // the next comparison goes on from there
-		}
 		n.state.syncCredit--
 		n.state.syncShares[from]++
 		_ = n.send(from, m)
 	}
+}
+
+// syncRoom is with how many messages a peer's message may be answered. The next comparison goes on from there. While
+// many ask at once each gets a little, rather than a few everything: they have each other to ask for more.
+func (n *Node) syncRoom(from mesh.PeerName, now time.Time) int {
+	s := &n.state
+	s.syncCredit = min(s.syncCredit+syncRate*now.Sub(s.syncAt).Seconds(), syncBurst)
+	s.syncAt = now
+	if now.Sub(s.syncShared) >= time.Second {
+		s.syncShared = now
+		clear(s.syncShares)
+	}
+	room := min(int(s.syncCredit), maxSyncReply)
+	if s.syncCredit < syncBurst/2 {
+		room = min(room, max(syncShare-s.syncShares[from], 0))
+	}
+	if room == 0 {
+		n.counters.unsent.Add(1)
+	}
+	return room
 }
 
 // sortedNames returns the keys of m by name.

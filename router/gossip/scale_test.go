@@ -66,17 +66,37 @@ func TestScale(t *testing.T) {
 			}
 			return simnet.Whole(c.Peers)
 		}
-		begun, told := time.Now(), time.Now()
-		took := c.Until("cold start", 10*time.Minute, func() error {
-			err := whole()
-			if err != nil && time.Since(told) >= time.Second {
-				told = time.Now()
-				t.Logf("after %v: %v; %+v, %d s of processor time", time.Since(begun), err, c.Net.Stats(), processTime()/time.Second)
-			}
-			return err
-		})
+		until := func(what string, limit time.Duration, ok func() error) time.Duration {
+			begun, told := time.Now(), time.Now()
+			return c.Until(what, limit, func() error {
+				err := ok()
+				if err != nil && time.Since(told) >= time.Second {
+					told = time.Now()
+					t.Logf("after %v: %v; %+v, %d s of processor time", time.Since(begun), err, c.Net.Stats(), processTime()/time.Second)
+				}
+				return err
+			})
+		}
+		took := until("cold start", 10*time.Minute, whole)
 		t.Logf("%d peers, cold start: %v; %s", n, took, mark())
 		kinds()
+		if *coldFlag {
+			return
+		}
+		halves := func() {
+			c.Net.Split(c.Hosts(0, n/2), c.Hosts(n/2, n))
+			time.Sleep(45 * time.Second)
+			t.Logf("half/half cut for 45 s: %s, %+v", mark(), c.Net.Stats())
+			kinds()
+			c.Net.HealAll()
+			t.Logf("whole after: %v; %s", until("heal", 5*time.Minute, whole), mark())
+			t.Logf("%+v", c.Net.Stats())
+			kinds()
+		}
+		if *cutOnlyFlag {
+			halves()
+			return
+		}
 		for range *restFlag / (30 * time.Second) { // memberlist goes on telling who has joined
 			time.Sleep(30 * time.Second)
 			t.Logf("afterwards: %s", mark())
@@ -115,12 +135,7 @@ func TestScale(t *testing.T) {
 		c.Start(n-1, 0)
 		t.Logf("restart: %v; %s", c.Until("restart", 5*time.Minute, whole), mark())
 		time.Sleep(20 * time.Second)
-		c.Net.Split(c.Hosts(0, n/2), c.Hosts(n/2, n))
-		time.Sleep(45 * time.Second)
-		mark()
-		c.Net.HealAll()
-		t.Logf("half/half cut for 45 s, whole after: %v; %s", c.Until("heal", 5*time.Minute, whole), mark())
-		t.Logf("%+v", c.Net.Stats())
+		halves()
 	})
 }
 

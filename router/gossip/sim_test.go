@@ -23,6 +23,8 @@ var (
 	peersFlag = flag.Int("peers", 0, "run TestScale with so many peers")
 	restFlag  = flag.Duration("rest", 30*time.Second, "how long TestScale waits before it looks at idle peers")
 
+	coldFlag      = flag.Bool("cold", false, "TestScale ends when the cold start is over")
+	cutOnlyFlag   = flag.Bool("halves", false, "TestScale does nothing but cut the mesh in half")
 	convergedFlag = flag.Bool("converged", false, "TestScale begins with a mesh in which everybody knows everything")
 )
 

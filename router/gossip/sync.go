@@ -33,15 +33,16 @@ const (
 	syncWant    = 4
 	syncData    = 5
 
-	buckets      = 256
-	syncHeader   = 1 + 1 + 8 // ChanSync, kind, salt
-	itemsHeader  = syncHeader + 1 + 8 + 8
-	itemSize     = 8 + 4
-	itemsPerMsg  = (mesh.MaxMessage - itemsHeader) / itemSize
-	keysPerMsg   = (mesh.MaxMessage - 3) / 8
-	dataHeader   = 3
-	maxSyncReply = 64 // messages in answer to one
-	gapItems     = 8  // equal entries that are listed to save a message
+	buckets       = 256
+	syncHeader    = 1 + 1 + 8 // ChanSync, kind, salt
+	itemsHeader   = syncHeader + 1 + 8 + 8
+	itemSize      = 8 + 4
+	itemsPerMsg   = (mesh.MaxMessage - itemsHeader) / itemSize
+	keysPerMsg    = (mesh.MaxMessage - 3) / 8
+	dataHeader    = 3
+	entriesPerMsg = 64 // more of them than fit one message
+	maxSyncReply  = 64 // messages in answer to one at most
+	gapItems      = 8  // equal entries that are listed to save a message
 )
 
 // mix is the finalizer of a 64-bit hash: every bit of the result depends on every bit of v.
@@ -125,8 +126,8 @@ type syncOutcome struct {
 	bad     bool         // malformed
 }
 
-// answerSync decides on one message, after its channel byte.
-func answerSync(tables map[mesh.Channel]Table, b []byte) (out syncOutcome) {
+// answerSync decides on one message, after its channel byte, and answers with most messages.
+func answerSync(tables map[mesh.Channel]Table, b []byte, most int) (out syncOutcome) {
 	if len(b) < 2 {
 		return syncOutcome{bad: true}
 	}
@@ -149,22 +150,26 @@ func answerSync(tables map[mesh.Channel]Table, b []byte) (out syncOutcome) {
 		for ; len(b) > 0; b = b[8:] {
 			keys = append(keys, binary.BigEndian.Uint64(b))
 		}
-		out.replies = dataMessages(ch, table, keys)
+		out.replies = dataMessages(ch, table, keys, most)
 		return out
 	}
 	if len(b) < 8 {
 		return syncOutcome{bad: true}
 	}
+	if most <= 0 {
+		return out
+	}
 	salt, b := binary.BigEndian.Uint64(b), b[8:]
 	switch kind {
 	case syncRoots:
-		return answerRoots(tables, salt, b)
+		out = answerRoots(tables, salt, b)
 	case syncBuckets:
-		return answerBuckets(tables, salt, b)
+		out = answerBuckets(tables, salt, b, most)
 	case syncItems:
-		return answerItems(tables, salt, b)
-	}
-	return out // of a later version
+		out = answerItems(tables, salt, b, most)
+	} // or of a later version
+	out.replies = out.replies[:min(len(out.replies), most)]
+	return out
 }
 
 func answerRoots(tables map[mesh.Channel]Table, salt uint64, b []byte) (out syncOutcome) {
@@ -191,7 +196,7 @@ func answerRoots(tables map[mesh.Channel]Table, salt uint64, b []byte) (out sync
 	return out
 }
 
-func answerBuckets(tables map[mesh.Channel]Table, salt uint64, b []byte) (out syncOutcome) {
+func answerBuckets(tables map[mesh.Channel]Table, salt uint64, b []byte, most int) (out syncOutcome) {
 	if len(b) != 1+4*buckets {
 		return syncOutcome{bad: true}
 	}
@@ -231,8 +236,7 @@ func answerBuckets(tables map[mesh.Channel]Table, salt uint64, b []byte) (out sy
 		out.replies = append(out.replies, itemsMessages(ch, salt, first, end, list)...)
 		i = last
 	}
-	out.replies = append(out.replies, dataMessages(ch, table, send)...)
-	out.replies = out.replies[:min(len(out.replies), maxSyncReply)]
+	out.replies = append(out.replies, dataMessages(ch, table, send, most-len(out.replies))...)
 	return out
 }
 
@@ -260,7 +264,7 @@ func itemsMessages(ch mesh.Channel, salt, first, end uint64, items []mesh.Item) 
 	}
 }
 
-func answerItems(tables map[mesh.Channel]Table, salt uint64, b []byte) (out syncOutcome) {
+func answerItems(tables map[mesh.Channel]Table, salt uint64, b []byte, most int) (out syncOutcome) {
 	const head = 1 + 8 + 8
 	if len(b) < head || (len(b)-head)%itemSize != 0 {
 		return syncOutcome{bad: true}
@@ -305,21 +309,23 @@ func answerItems(tables map[mesh.Channel]Table, salt uint64, b []byte) (out sync
 		}
 		out.replies = append(out.replies, m)
 	}
-	out.replies = append(out.replies, dataMessages(ch, table, send)...)
-	out.replies = out.replies[:min(len(out.replies), maxSyncReply)]
+	out.replies = append(out.replies, dataMessages(ch, table, send, most-len(out.replies))...)
 	return out
 }
 
-func dataMessages(ch mesh.Channel, table Table, keys []uint64) (out [][]byte) {
-	if len(keys) == 0 {
+// dataMessages writes those entries, as far as most messages go.
+func dataMessages(ch mesh.Channel, table Table, keys []uint64, most int) (out [][]byte) {
+	if len(keys) == 0 || most <= 0 {
 		return nil
 	}
+	// Not all entries are written just to be left out.
+	keys = keys[:min(len(keys), most*entriesPerMsg)]
 	for _, delta := range table.Encode(keys, mesh.MaxMessage-dataHeader) {
 		if len(delta) > mesh.MaxMessage-dataHeader {
 			continue // the table did not keep to the limit
 		}
 		out = append(out, append([]byte{byte(mesh.ChanSync), syncData, byte(ch)}, delta...))
-		if len(out) == maxSyncReply {
+		if len(out) == most {
 			return out
 		}
 	}

@@ -77,7 +77,7 @@ func exchange(t testing.TB, a, b map[mesh.Channel]Table, salt uint64) (messages 
 		if len(m.msg) > mesh.MaxMessage || m.msg[0] != byte(mesh.ChanSync) {
 			t.Fatalf("message of %d bytes on channel %d", len(m.msg), m.msg[0])
 		}
-		out := answerSync(sides[m.to], m.msg[1:])
+		out := answerSync(sides[m.to], m.msg[1:], maxSyncReply)
 		if out.bad {
 			t.Fatalf("message %x is taken for malformed", m.msg)
 		}
@@ -155,21 +155,22 @@ func FuzzSync(f *testing.F) {
 	a := fixedTable{1: 1, 1 << 60: 2}
 	tables := map[mesh.Channel]Table{9: a}
 	f.Add(rootsMessage(tables, 7)[1:])
-	for _, m := range answerSync(map[mesh.Channel]Table{9: fixedTable{5: 5}}, rootsMessage(tables, 7)[1:]).replies {
+	for _, m := range answerSync(map[mesh.Channel]Table{9: fixedTable{5: 5}}, rootsMessage(tables, 7)[1:], maxSyncReply).replies {
 		f.Add(m[1:])
-		for _, m := range answerSync(tables, m[1:]).replies {
+		for _, m := range answerSync(tables, m[1:], maxSyncReply).replies {
 			f.Add(m[1:])
 		}
 	}
 	f.Fuzz(func(t *testing.T, in []byte) {
-		out := answerSync(map[mesh.Channel]Table{9: fixedTable{1: 1, 5: 9, 1 << 60: 2}, mesh.ChanTopology: router.NewTopology(router.Peer{Name: pn(1)}, nil)}, in)
+		most := len(in) % (maxSyncReply + 1)
+		out := answerSync(map[mesh.Channel]Table{9: fixedTable{1: 1, 5: 9, 1 << 60: 2}, mesh.ChanTopology: router.NewTopology(router.Peer{Name: pn(1)}, nil)}, in, most)
+		if len(out.replies) > most {
+			t.Fatalf("got %d replies, want %d at most", len(out.replies), most)
+		}
 		for _, r := range out.replies {
 			if len(r) > mesh.MaxMessage {
 				t.Errorf("reply of %d bytes", len(r))
 			}
-		}
-		if len(out.replies) > maxSyncReply {
-			t.Errorf("%d replies", len(out.replies))
 		}
 	})
 }

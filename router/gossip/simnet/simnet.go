@@ -81,8 +81,8 @@ const lateness = 2 * time.Second
 type Stats struct {
 	Delivered, Lost, NoRoute, Full uint64
 	Strayed                        uint64 // came to a relay whose way has more links than are left
-	Returned                       uint64 // of those that strayed: came to the same relay again
-	Loops                          uint64 // came to the same relay again and went on
+	Loops                          uint64 // came to the same relay again,
+	Rounds                         uint64 // which did not drop them
 }
 
 // Host is one peer's access to the net: a gossip.Underlay.
@@ -600,15 +600,15 @@ func (n *Net) forwardLocked(p *parcel, at, from *Host, left int) {
 		left = links
 	} else {
 		again := slices.Contains(p.met, at)
+		if again {
+			n.stats.Loops++
+		}
 		if left, ok = router.Onward(left, links); !ok {
 			drop(&n.stats.Strayed)
-			if again {
-				n.stats.Returned++
-			}
 			return
 		}
 		if again {
-			n.stats.Loops++
+			n.stats.Rounds++
 		}
 		p.met = append(p.met, at)
 	}
