@@ -202,11 +202,9 @@ func (m *Manager) exposeAgain(ctx context.Context, r record) error {
 	if err := m.regainAll(ctx, &r); err != nil {
 		return err
 	}
-	for _, a := range former {
-		if r.has(a.Addr()) < 0 {
-			if err := m.cfg.Bridge.RemoveBridgeAddrs(a); err != nil {
-				return err
-			}
+	for _, a := range without(former, r.held()) {
+		if err := m.unexpose(ctx, a); err != nil {
+			return err
 		}
 	}
 	return m.establishExposed(r)

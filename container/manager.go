@@ -111,7 +111,10 @@ func New(cfg Config) (*Manager, error) {
 	}
 	for owner, value := range all {
 		r, err := parseRecord(value)
-		if err != nil || r.Owner != owner {
+		if err == nil && r.Owner != owner {
+			err = fmt.Errorf("it is about %q", r.Owner)
+		}
+		if err != nil {
 			return nil, fmt.Errorf("attachment %q in the state file: unreadable: %w", owner, err)
 		}
 		m.records[owner] = r

@@ -756,6 +756,25 @@ func TestExpose(t *testing.T) {
 	}
 }
 
+// What the host lost while meshd was away leaves bridge and firewall, when it gets something else.
+func TestExposedElsewhere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		if _, err := w.manager().Expose(t.Context(), ExposeRequest{}); err != nil {
+			t.Fatal(err)
+		}
+		w.owned[netip.MustParseAddr("10.32.0.1")] = "somebody else"
+		m := w.manager()
+		stop := w.run(m)
+		defer func() { stop() }()
+		synctest.Wait()
+		want := prefixes("10.32.0.2/28")
+		if !reflect.DeepEqual(w.bridge, want) || !maps.Equal(w.rules, map[netip.Prefix]bool{want[0]: true}) || w.owned[netip.MustParseAddr("10.32.0.1")] != "somebody else" {
+			t.Errorf("bridge %v, rules %v, owned %v", w.bridge, w.rules, w.owned)
+		}
+	})
+}
+
 func TestOverlapWarns(t *testing.T) {
 	w := newWorld(t)
 	cfg := w.config()
@@ -870,8 +889,8 @@ func TestUnreadableRecords(t *testing.T) {
 	for _, value := range []string{"", "{}", "[]", `{"Owner":"a"}`, `{"Owner":"x","MAC":"01:00:00:00:00:01"}`, `{"Owner":"x","MAC":"02:00:00:00:00:01","Holds":[{"Spec":"?"}]}`, `{"Owner":"x","MAC":"02:00:00:00:00:01","Holds":[{"Spec":"none","Held":true}]}`} {
 		w := newWorld(t)
 		w.stored["x"] = []byte(value)
-		if _, err := New(w.config()); err == nil {
-			t.Errorf("%s is accepted", value)
+		if _, err := New(w.config()); err == nil || strings.Contains(err.Error(), "%!") {
+			t.Errorf("%s: %v", value, err)
 		}
 	}
 }
