@@ -470,7 +470,7 @@ func TestOnward(t *testing.T) {
 		moving := rng.IntN(2) == 0
 		sent := links[0]
 		at, left, taken := via[0], sent, 1 // from peer 0, for somebody whom nobody reaches
-		passed := map[int]int{}                // by how many links a relay counted when it passed it on
+		passed := map[int]int{}            // by how many links a relay counted when it passed it on
 		for {
 			before, been := passed[at]
 			next, ok := Onward(left, links[at])
