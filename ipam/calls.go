@@ -320,7 +320,7 @@ func (c *core) tryClaim(call *call) bool {
 		return true
 	}
 	if h := c.holds.byOff[off]; h != nil {
-		c.reply(call, result{err: fmt.Errorf("%s: %w by %s on this host", call, ErrTaken, h.owner)})
+		c.reply(call, result{err: fmt.Errorf("%s: %w by %.12s on this host", call, ErrTaken, h.owner)})
 		return true
 	}
 	if !c.serving || !c.liveKnown {

@@ -444,7 +444,7 @@ func (c *core) claimAnswered(call *call, m *message) {
 	}
 	if i := slices.Index(c.waiting, call); i >= 0 {
 		c.waiting = slices.Delete(c.waiting, i, i+1)
-		c.reply(call, result{err: fmt.Errorf("%s: %w by %s, given out by another peer", call, ErrTaken, m.text)})
+		c.reply(call, result{err: fmt.Errorf("%s: %w by %.12s, given out by another peer", call, ErrTaken, m.text)})
 	}
 }
 
@@ -453,7 +453,7 @@ func (c *core) contestAnswered(h *hold, from mesh.PeerName, m *message) {
 		return
 	}
 	c.holds.set(h, collided)
-	h.rival = fmt.Sprintf("%s, by peer %s", m.text, from)
+	h.rival = fmt.Sprintf("%.12s on peer %s", m.text, from)
 	c.log.Error("an address is in use twice: renumber one of the two", "addr", h.addr, "container", h.owner, "with", h.rival)
 }
 

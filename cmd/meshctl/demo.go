@@ -19,7 +19,7 @@ func demoCommand() *cobra.Command {
 then it cuts a link and mends it. It needs root, iproute2 and nftables, takes less than a minute, touches
 neither this machine's network nor a meshd that runs on it, and removes everything, also after it was
 interrupted.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			self, err := os.Executable()
 			if err == nil {

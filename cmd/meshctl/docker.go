@@ -20,7 +20,7 @@ func (a *app) envCommand() *cobra.Command {
 		Long: `Prints a command for the shell: after  eval $(meshctl env)  the Docker client talks to meshd's proxy,
 which puts containers on the mesh as they start, and after  eval $(meshctl env --restore)  to Docker
 itself again. Nothing is printed when meshd or its proxy does not run.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			now, _ := a.env("DOCKER_HOST")
 			before, saved := a.env("ORIG_DOCKER_HOST")
@@ -51,7 +51,7 @@ func (a *app) configCommand() *cobra.Command {
 		Use:   "config",
 		Short: "Print the option that points the Docker client at the proxy",
 		Long:  `Prints -H and the proxy's address, for  docker $(meshctl config) run ...  Prints nothing and fails when the proxy does not run.`,
-		Args:  cobra.NoArgs,
+		Args:  noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			proxy, err := a.proxyAddr(cmd)
 			if err != nil {

@@ -88,7 +88,7 @@ func (a *app) dnsLookupCommand() *cobra.Command {
 		Use:   "dns-lookup <name>",
 		Short: "Print the addresses of a name",
 		Long:  `Prints the addresses of a name, with or without the mesh's domain, one per line, or nothing.`,
-		Args:  cobra.ExactArgs(1),
+		Args:  exactlyOne("name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -178,7 +178,7 @@ func (a *app) bridgeIPCommand() *cobra.Command {
 		Use:   "docker-bridge-ip",
 		Short: "Print the address of Docker's bridge",
 		Long:  `Prints the IPv4 address of Docker's bridge, docker0 or the one that the variable DOCKER_BRIDGE names.`,
-		Args:  cobra.NoArgs,
+		Args:  noArgs,
 		RunE: func(*cobra.Command, []string) error {
 			ip, err := bridgeIP(a.dockerBridge())
 			if err == nil {

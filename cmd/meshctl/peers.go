@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -40,7 +41,7 @@ func (a *app) forgetCommand() *cobra.Command {
 		Short: "Stop dialling peers",
 		Long: `Drops peers from those that meshd dials. Each is written exactly as it was given to launch or
 connect; "meshctl status targets" lists them. Connections that exist go on.`,
-		Args: cobra.MinimumNArgs(1),
+		Args: atLeastOne("peer, as it was given"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -58,7 +59,7 @@ func (a *app) rmpeerCommand() *cobra.Command {
 		Long: `Takes over the address space of peers that have gone and will not come back, each by its name or
 nickname, and prints how many addresses that was: 0 for a peer that is unknown or this one. Addresses
 outside the range that its containers had can be used again as well.`,
-		Args: cobra.MinimumNArgs(1),
+		Args: atLeastOne("name or nickname"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -90,7 +91,7 @@ func (a *app) primeCommand() *cobra.Command {
 		Use:   "prime",
 		Short: "Wait until addresses can be allocated",
 		Long:  `Returns once the peers have agreed on how the address range is divided.`,
-		Args:  cobra.NoArgs,
+		Args:  noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -110,7 +111,12 @@ one's, and prints which containers must be given other addresses, and the comman
 in reach knows who owns a part of the range, as "status" then says, this peer takes that part. What was
 done is printed; where there is nothing to repair, that is no failure.`,
 		ValidArgs: []string{"repair"},
-		Args:      cobra.MatchAll(cobra.ExactArgs(1), cobra.OnlyValidArgs),
+		Args: func(_ *cobra.Command, args []string) error {
+			if !slices.Equal(args, []string{"repair"}) {
+				return errors.New("ipam has one form, ipam repair")
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := a.client()
 			if err != nil {

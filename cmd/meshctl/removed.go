@@ -35,7 +35,7 @@ func (a *app) setupCommand() *cobra.Command {
 		Use:   "setup",
 		Short: "Do nothing: there is nothing to fetch",
 		Long:  `Exists for old scripts. meshd is two programs without images, so there is nothing to prepare.`,
-		Args:  cobra.NoArgs,
+		Args:  noArgs,
 		RunE: func(*cobra.Command, []string) error {
 			a.say("nothing to set up: meshd needs no images")
 			return nil

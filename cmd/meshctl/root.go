@@ -230,6 +230,31 @@ func wrapArgs(cmd *cobra.Command) {
 	}
 }
 
+func noArgs(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return fmt.Errorf("%s takes no arguments, and %q is one", cmd.Name(), args[0])
+	}
+	return nil
+}
+
+func atLeastOne(what string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return fmt.Errorf("%s needs a %s", cmd.Name(), what)
+		}
+		return nil
+	}
+}
+
+func exactlyOne(what string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) != 1 {
+			return fmt.Errorf("%s takes one %s, and %d were given", cmd.Name(), what, len(args))
+		}
+		return nil
+	}
+}
+
 func helpText(cmd *cobra.Command) string {
 	text := cmd.Long
 	if text == "" {

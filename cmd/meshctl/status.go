@@ -65,7 +65,7 @@ func (a *app) reportCommand() *cobra.Command {
   meshctl report -f '{{.Router.Name}}'
   meshctl report -f '{{range .DNS.Entries}}{{.Hostname}} {{.Address}}{{"\n"}}{{end}}'
 The function json writes a part as JSON: '{{json .Router.Peers}}'.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := a.client()
 			if err != nil {
@@ -97,7 +97,7 @@ func (a *app) versionCommand() *cobra.Command {
 		Use:   "version",
 		Short: "Print the versions of meshctl and meshd",
 		Long:  `Prints the version of meshctl, and that of the running daemon or else of the meshd program.`,
-		Args:  cobra.NoArgs,
+		Args:  noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			fmt.Fprintln(a.stdout, "meshctl", version)
 			c, err := a.client()

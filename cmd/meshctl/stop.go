@@ -23,7 +23,7 @@ func (a *app) stopCommand() *cobra.Command {
 		Short: "Stop meshd",
 		Long: `Stops meshd and waits for its end. Containers keep their interfaces and addresses, and where the
 kernel path is in use traffic goes on; "meshctl launch" takes everything up again.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if now, _ := a.env("DOCKER_HOST"); now != "" {
 				if proxy, err := a.proxyAddr(cmd); err == nil && proxy == now {
@@ -76,7 +76,7 @@ func (a *app) resetCommand() *cobra.Command {
 		Long: `Gives this peer's addresses to another peer, stops meshd and removes its devices, rules, pinned
 programs and state. When meshd ran here before but does not run now, its addresses cannot be given
 away and the others keep them reserved until "meshctl rmpeer"; then --force is needed.`,
-		Args: cobra.NoArgs,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.reset(cmd.Context(), force) },
 	}
 	cmd.Flags().BoolVar(&force, "force", false, "also when addresses cannot be given away")

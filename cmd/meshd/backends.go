@@ -225,7 +225,7 @@ func repairText(done ipam.Repaired, called func(owner string) string) string {
 	var b strings.Builder
 	switch {
 	case done.Merged:
-		b.WriteString("the two clusters are one\n")
+		b.WriteString("the two clusters are one; \"meshctl status\" of each host names the addresses that are there twice\n")
 	case done.Taken > 0:
 		fmt.Fprintf(&b, "this peer took %d addresses that nobody in reach knew the owner of\n", done.Taken)
 	case done.Filled:

@@ -545,7 +545,7 @@ func TestRepairText(t *testing.T) {
 		{ipam.Repaired{Merged: true, Collisions: []ipam.Collision{
 			{Holding: ipam.Holding{Owner: "c1", Addr: netip.MustParsePrefix("10.32.0.1/24")}, With: "0a:00:00:00:00:00"},
 			{Holding: ipam.Holding{Owner: mesh.OwnerExpose, Addr: netip.MustParsePrefix("10.32.1.1/24")}, With: "web"},
-		}}, "the two clusters are one\n" +
+		}}, "the two clusters are one; \"meshctl status\" of each host names the addresses that are there twice\n" +
 			"10.32.0.1/24 of called c1 is also held by 0a:00:00:00:00:00; another one in its place: meshctl attach net:10.32.0.0/24 called c1\n" +
 			"10.32.1.1/24 of called mesh:expose is also held by web; another one in its place: meshctl expose net:10.32.1.0/24\n"},
 	} {
