@@ -20,12 +20,23 @@ import (
 // connectTimeout is how long a daemon may take to accept a connection.
 const connectTimeout = 3 * time.Second
 
+// answerTimeout is how long a daemon may take to answer what waits for nobody.
+const answerTimeout = 15 * time.Second
+
 // maxAnswer bounds what a client reads, in bytes: a report of a thousand peers and a hundred thousand
 // names fits.
 const maxAnswer = 64 << 20
 
 // ErrUnreachable is wrapped by every error that means that no daemon answered.
 var ErrUnreachable = errors.New("cannot reach meshd")
+
+// noAnswer is a daemon that says nothing for so long.
+type noAnswer time.Duration
+
+func (n noAnswer) Error() string        { return fmt.Sprintf("no answer in %v", time.Duration(n)) }
+func (n noAnswer) Timeout() bool        { return true }
+func (n noAnswer) Temporary() bool      { return true }
+func (n noAnswer) Is(target error) bool { return target == context.DeadlineExceeded }
 
 // Error is an answer of the daemon other than success.
 type Error struct {
@@ -50,18 +61,19 @@ type ClientConfig struct {
 	Timeout time.Duration
 }
 
-// Client calls the control API. Its methods wait as long as their context lets them.
+// Client calls the control API. Methods that may have to wait for other peers wait as long as their context lets them.
 type Client struct {
 	http    *http.Client
 	base    string
 	timeout time.Duration
+	answer  time.Duration // answerTimeout
 }
 
 // NewClient returns a client; it connects at the first call.
 func NewClient(cfg ClientConfig) (*Client, error) {
 	dial := &net.Dialer{Timeout: connectTimeout}
 	tr := &http.Transport{DisableKeepAlives: true}
-	c := &Client{http: &http.Client{Transport: tr}, base: "http://" + cfg.Addr, timeout: cfg.Timeout}
+	c := &Client{http: &http.Client{Transport: tr}, base: "http://" + cfg.Addr, timeout: cfg.Timeout, answer: answerTimeout}
 	switch {
 	case filepath.IsAbs(cfg.Addr):
 		c.base = "http://localhost"
@@ -97,6 +109,12 @@ func (c *Client) call(ctx context.Context, method, path string, query url.Values
 		ctx, cancel = context.WithTimeout(ctx, c.timeout+connectTimeout)
 		defer cancel()
 	}
+	caller := ctx
+	if method == http.MethodGet && path != "/ring" { // which waits for other peers
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, c.answer)
+		defer cancel()
+	}
 	if len(query) > 0 {
 		u += "?" + query.Encode()
 	}
@@ -109,8 +127,11 @@ func (c *Client) call(ctx context.Context, method, path string, query url.Values
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
+		if caller.Err() != nil {
+			return nil, caller.Err()
+		}
 		if ctx.Err() != nil {
-			return nil, ctx.Err()
+			return nil, fmt.Errorf("%w: %w", ErrUnreachable, noAnswer(c.answer))
 		}
 		var inner *url.Error
 		if errors.As(err, &inner) {

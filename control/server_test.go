@@ -223,6 +223,29 @@ func TestWebPagesAreRefused(t *testing.T) {
 	}
 }
 
+// A daemon that takes the connection and says nothing, because it is stopped or stuck, is given up.
+func TestSilentDaemon(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "silent")
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	c, err := NewClient(ClientConfig{Addr: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.answer = 20 * time.Millisecond
+	if _, err := c.Status(t.Context(), ""); !errors.Is(err, ErrUnreachable) || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("status: got %v", err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if err := c.Prime(ctx); errors.Is(err, ErrUnreachable) || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("what may have to wait for other peers: got %v", err)
+	}
+}
+
 func TestLargeBodies(t *testing.T) {
 	s := start(t, Config{}, (&fake{report: sample(t)}).backends())
 	if code, _ := get(t, s.Addr(0), "POST", "/attach", nil, strings.Repeat(" ", maxBody+1)); code != 413 {

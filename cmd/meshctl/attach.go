@@ -45,7 +45,10 @@ is asked for.
 			if err != nil {
 				return err
 			}
-			return a.printChanged(c.Attach(cmd.Context(), req))
+			stop := a.sayWhy(cmd.Context(), c)
+			changed, err := c.Attach(cmd.Context(), req)
+			stop()
+			return a.printChanged(changed, err)
 		},
 	}
 	f := cmd.Flags()
@@ -96,7 +99,10 @@ and containers reach the outside. Exposing again with another -h adds a name.
 			if err != nil {
 				return err
 			}
-			return a.printChanged(c.Expose(cmd.Context(), req))
+			stop := a.sayWhy(cmd.Context(), c)
+			changed, err := c.Expose(cmd.Context(), req)
+			stop()
+			return a.printChanged(changed, err)
 		},
 	}
 	hostNameFlag(cmd, &req.FQDN, "name of this host in the mesh, as a `fqdn`")

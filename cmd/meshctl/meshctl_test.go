@@ -27,6 +27,7 @@ import (
 type daemon struct {
 	report control.Report
 	server netip.AddrPort
+	primed chan struct{} // what Prime waits for, if not nil
 
 	mu    sync.Mutex
 	calls []string
@@ -51,6 +52,9 @@ func (d *daemon) Connect(targets []string, replace bool) error {
 func (d *daemon) Forget(targets []string) error { return d.call("forget %v", targets) }
 
 func (d *daemon) Prime(ctx context.Context) error {
+	if d.primed != nil {
+		<-d.primed
+	}
 	if deadline, ok := ctx.Deadline(); ok {
 		return d.call("prime for %s", time.Until(deadline).Round(time.Second))
 	}
@@ -160,7 +164,7 @@ func serve(t *testing.T, d *daemon, bare bool) string {
 func ctl(t *testing.T, env map[string]string, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
 	var out, errs bytes.Buffer
-	a := &app{stdin: strings.NewReader("from stdin\n"), stdout: &out, stderr: &errs, env: func(name string) (string, bool) { v, ok := env[name]; return v, ok }}
+	a := &app{stdin: strings.NewReader("from stdin\n"), stdout: &out, stderr: &errs, patience: time.Minute, env: func(name string) (string, bool) { v, ok := env[name]; return v, ok }}
 	code = a.run(t.Context(), args)
 	return code, out.String(), errs.String()
 }
@@ -310,6 +314,28 @@ func TestStatusAndReport(t *testing.T) {
 	d.report.Ready = false
 	if code, stdout, stderr = ctl(t, env, "status"); code != 1 || stdout != "" || stderr != "meshd is starting\n" {
 		t.Errorf("status while starting: got %d %q %q", code, stdout, stderr)
+	}
+}
+
+// heard is told of what is written.
+type heard func(string)
+
+func (h heard) Write(b []byte) (int, error) { h(string(b)); return len(b), nil }
+
+// A call that waits for other peers says for whom, and then goes on.
+func TestWaitingIsSaid(t *testing.T) {
+	d := everything(t)
+	d.primed = make(chan struct{})
+	d.report.IPAM.Waiting = []string{"awaiting consensus (quorum: 2, known: 1)"}
+	socket := serve(t, d, false)
+	var said []string
+	a := &app{
+		stdout: heard(func(s string) { t.Errorf("standard output got %q", s) }),
+		stderr: heard(func(s string) { said = append(said, s); close(d.primed) }), patience: time.Millisecond,
+		env: func(name string) (string, bool) { return socket, name == "MESH_SOCKET" },
+	}
+	if code := a.run(t.Context(), []string{"prime"}); code != 0 || len(said) != 1 || said[0] != "meshctl: waiting for other peers: awaiting consensus (quorum: 2, known: 1)\n" {
+		t.Errorf("got exit %d, %q", code, said)
 	}
 }
 

@@ -65,6 +65,7 @@ outside the range that its containers had can be used again as well.`,
 			if err != nil {
 				return err
 			}
+			defer a.sayWhy(cmd.Context(), c)()
 			code := exitOK
 			for _, peer := range args {
 				text, err := c.RemovePeer(cmd.Context(), peer)
@@ -97,6 +98,7 @@ func (a *app) primeCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			defer a.sayWhy(cmd.Context(), c)()
 			return c.Prime(cmd.Context())
 		},
 	}
@@ -122,7 +124,9 @@ done is printed; where there is nothing to repair, that is no failure.`,
 			if err != nil {
 				return err
 			}
+			stop := a.sayWhy(cmd.Context(), c)
 			text, err := c.Repair(cmd.Context())
+			stop()
 			if err == nil {
 				fmt.Fprint(a.stdout, text)
 			}
