@@ -7,17 +7,26 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"meshd/integration/lab"
 )
 
-// madeUp is L5: it sends a frame to a container from each of n MACs that nobody has, so many a second at most. No
+// maker sends frames to a container with an IP address and MACs that it makes up.
+type maker struct {
+	*lab.Frames
+	from netip.Addr
+	to   *member
+}
+
+// madeUp is L5: the makers together send a frame from each of n MACs that nobody has, so many a second at most. No
 // table of any host may have more than room entries more, no meshd may grow by more than 5 MB.
-func (w *world) madeUp(f *lab.Frames, from netip.Addr, to *member, n, rate, room int) {
+func (w *world) madeUp(makers []maker, n, rate, room int) {
 	w.t.Helper()
 	bridges := func(h *lab.Host) int {
 		out, err := h.Out(w.ctx, "bridge", "fdb", "show", "br", "mesh")
@@ -34,23 +43,27 @@ func (w *world) madeUp(f *lab.Frames, from netip.Addr, to *member, n, rate, room
 		bridge[h], known[h], resident[h] = bridges(h), switches(h), w.usage(h).rss
 	}
 	limited := room < learned || kernelSince(w, 6, 7) // before that no bridge can be told
-	victim := w.mac(to)
-	start, unsent := time.Now(), 0
-	for i := range n {
-		src := []byte{2, 0xf0, byte(i >> 24), byte(i >> 16), byte(i >> 8), byte(i)}
-		if err := f.Send(ether(victim, src, 0x800, ip4(from, to.addr, 17, udp(9, 9, nil))...)); err != nil {
-			unsent++ // its own queue is full
-		}
-		if ahead := time.Duration(i)*time.Second/time.Duration(rate) - time.Since(start); ahead > time.Millisecond {
-			w.rest(ahead)
-		}
+	start := time.Now()
+	var unsent atomic.Int64
+	var making sync.WaitGroup
+	for id, m := range makers {
+		victim := w.mac(m.to)
+		making.Go(func() {
+			w.pace(n/len(makers), rate/len(makers), func(i int) {
+				src := []byte{2, 0xf0, byte(id), byte(i >> 16), byte(i >> 8), byte(i)}
+				if err := m.Send(ether(victim, src, 0x800, ip4(m.from, m.to.addr, 17, udp(9, 9, nil))...)); err != nil {
+					unsent.Add(1) // its own queue is full
+				}
+			})
+		})
 	}
+	making.Wait()
 	took := time.Since(start)
 	for _, h := range w.Hosts {
 		grown := float64(w.usage(h).rss-resident[h]) / 1024 // before a report of many addresses is asked for
 		b, s := bridges(h)-bridge[h], switches(h)-known[h]
 		w.t.Logf("%d made-up MACs in %v (%d not sent): meshd on %s grew by %.1f MB, its bridge learned %d, its switch %d",
-			n, took.Round(time.Millisecond), unsent, h.Name, grown, b, s)
+			n, took.Round(time.Millisecond), unsent.Load(), h.Name, grown, b, s)
 		if grown > 5 {
 			w.t.Errorf("meshd on %s has grown by %.1f MB", h.Name, grown)
 		}
@@ -58,8 +71,8 @@ func (w *world) madeUp(f *lab.Frames, from netip.Addr, to *member, n, rate, room
 			w.t.Errorf("%s: %d more in the bridge, %d more in meshd; want %d at most", h.Name, b, s, room)
 		}
 	}
-	if unsent > n/10 {
-		w.t.Errorf("%d of %d frames were not sent: this proves little", unsent, n)
+	if unsent.Load() > int64(n/10) {
+		w.t.Errorf("%d of %d frames were not sent: this proves little", unsent.Load(), n)
 	}
 }
 
@@ -94,69 +107,86 @@ func TestMadeUpMACs(t *testing.T) {
 	}
 	for _, x := range variants {
 		t.Run(x.name, func(t *testing.T) {
-			w := newWorld(t, 2, scaled(time.Minute, 4*time.Minute))
-			h1, h2 := w.Host(1), w.Host(2)
+			w := newWorld(t, scaled(2, 4), scaled(time.Minute, 6*time.Minute))
 			w.mesh(x.options...)
-			var a *member
+			hosts := len(w.Hosts)
+			c := w.cast(0, scaled(3, 8), 0)
 			ifname := "ethmesh"
-			if x.foreign {
-				a, ifname = w.foreign(h1, "vm", "10.2.1.1/24"), "eth0"
-			} else {
-				a = w.netns(h1, "attacker", "10.2.1.1/24")
+			for i := range scaled(1, 8) {
+				h, name, addr := w.Hosts[i%hosts], fmt.Sprint("a", i+1), fmt.Sprintf("10.2.1.10%d/24", i+1)
+				if x.foreign {
+					ifname = "eth0"
+					c.attackers = append(c.attackers, w.foreign(h, name, addr))
+				} else {
+					c.attackers = append(c.attackers, w.netns(h, name, addr))
+				}
 			}
-			v1, v2, v3 := w.netns(h1, "v1", "10.2.1.2/24"), w.netns(h2, "v2", "10.2.1.3/24"), w.netns(h1, "v3", "10.2.1.4/24")
-			for _, from := range []*member{a, v1, v3} {
-				_, err := from.WaitPing(w.ctx, v2.addr, 10*time.Second)
-				w.try(err)
+			next := func(i int) *member { return c.victims[(i+1)%hosts] } // on the next host
+			for i, m := range append(c.attackers, c.victims...) {
+				for _, to := range []*member{next(i), c.victims[1]} {
+					if m != to {
+						_, err := m.WaitPing(w.ctx, to.addr, 10*time.Second)
+						w.try(err)
+					}
+				}
 			}
 			w.rest(3 * time.Second) // until the kernel carries what it can
-			f, err := a.OpenFrames(ifname)
-			w.try(err)
-			defer f.Close()
-			spy, err := a.OpenFrames(ifname)
-			w.try(err)
-			defer spy.Close()
 			ctx, cancel := context.WithCancel(w.ctx)
 			defer cancel()
-			macs := [][]byte{w.mac(v1), w.mac(v2), w.mac(v3)}
-			overheard := 0
+			var makers []maker
+			var overheard atomic.Int64
 			var spying sync.WaitGroup
-			spying.Go(func() {
-				for ctx.Err() == nil {
-					overheard += spy.Collect(100*time.Millisecond, func(frame []byte) bool {
-						for _, m := range macs {
-							if bytes.Equal(frame[:6], m) && !bytes.Equal(frame[6:12], f.MAC) && !bytes.Equal(frame[6:8], []byte{2, 0xf0}) {
-								return true
-							}
-						}
-						return false
-					})
+			for i, a := range c.attackers {
+				f, err := a.OpenFrames(ifname)
+				w.try(err)
+				defer f.Close()
+				spy, err := a.OpenFrames(ifname)
+				w.try(err)
+				makers = append(makers, maker{f, a.addr, next(i)})
+				c.macs[a] = f.MAC
+				spying.Go(func() {
+					defer spy.Close()
+					for ctx.Err() == nil {
+						n := spy.Collect(100*time.Millisecond, func(frame []byte) bool {
+							return slices.ContainsFunc(c.victims, func(v *member) bool {
+								return bytes.Equal(frame[:6], c.macs[v])
+							}) && slices.ContainsFunc(c.victims, func(v *member) bool { return bytes.Equal(frame[6:12], c.macs[v]) })
+						})
+						overheard.Add(int64(n))
+					}
+				})
+			}
+			watches := map[string]*watched{}
+			for i, v := range c.victims {
+				watches[v.Name+" to "+next(i).Name+" on another host"] = w.watch(v, next(i), time.Millisecond)
+				if i+hosts < len(c.victims) {
+					to := c.victims[i+hosts]
+					watches[v.Name+" to "+to.Name+" on the same host"] = w.watch(v, to, time.Millisecond)
 				}
-			})
-			here, there := w.watch(v1, v3, time.Millisecond), w.watch(v1, v2, time.Millisecond)
-			w.madeUp(f, a.addr, v2, scaled(40_000, 1_000_000), 25_000, x.room)
-			for what, p := range map[string]*watched{"on the same host": here, "from host to host": there} {
+			}
+			w.madeUp(makers, scaled(40_000, 1_000_000), 25_000, x.room)
+			for what, p := range watches {
 				r := w.end(p)
-				t.Logf("meanwhile %s: %v", what, r)
+				t.Logf("meanwhile from %s: %v", what, r)
 				most := 0
 				if x.name == "Userspace" {
 					most = r.Sent / 100
 				}
 				if r.Lost > most || r.Duplicated > 0 {
-					t.Errorf("of others' datagrams %s %d were lost and %d doubled", what, r.Lost, r.Duplicated)
+					t.Errorf("of the datagrams from %s %d were lost and %d doubled", what, r.Lost, r.Duplicated)
 				}
 			}
 			cancel()
 			spying.Wait()
-			t.Logf("of others' frames the attacker saw %d", overheard)
-			if overheard > 0 {
-				t.Errorf("the attacker saw %d frames from one victim to another", overheard)
+			t.Logf("of others' frames the attackers saw %d", overheard.Load())
+			if overheard.Load() > 0 {
+				t.Errorf("the attackers saw %d frames from one victim to another", overheard.Load())
 			}
-			late := w.netns(h1, "late", "10.2.1.5/24")
-			_, err = v2.WaitPing(w.ctx, late.addr, 5*time.Second)
+			late := w.netns(w.Host(1), "late", "10.2.1.50/24")
+			_, err := c.victims[1].WaitPing(w.ctx, late.addr, 5*time.Second)
 			w.try(err)
-			w.pings(a, v2, 5, 56)
-			w.pings(late, v1, 5, 56)
+			w.pings(c.attackers[0], c.victims[1], 5, 56)
+			w.pings(late, c.victims[0], 5, 56)
 		})
 	}
 }
