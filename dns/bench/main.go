@@ -3,12 +3,10 @@
 //
 //	go run ./dns/bench
 //	go run ./dns/bench -coredns ./coredns
-//	go run ./dns/bench -flood 100000 -seconds 60
 //
 // For each round and server it prints answers per second of wall time and per second of the server's CPU
 // time under full load, and the latency of 5,000 queries a second from a client of its own. The last lines
-// are medians and their ratios. With -flood the 5,000 come beside that many malformed queries a second, to
-// meshd alone.
+// are medians and their ratios.
 package main
 
 import (
@@ -19,7 +17,6 @@ import (
 	"flag"
 	"fmt"
 	"log"
-	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -47,19 +44,15 @@ func main() {
 	names := flag.Int("names", 10_000, "names in the domain")
 	rounds := flag.Int("rounds", 5, "rounds")
 	seconds := flag.Int("seconds", 5, "seconds of load each")
-	flood := flag.Int("flood", 0, "malformed queries a second")
 	coredns := flag.String("coredns", "", "CoreDNS binary with the plugins hosts and bind")
 	serve := flag.String("serve", "", "serve on this address and do nothing else")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
 	var err error
-	switch {
-	case *serve != "":
+	if *serve != "" {
 		err = runServer(ctx, *serve, *names)
-	case *flood > 0:
-		err = underFlood(ctx, *names, *flood, *seconds)
-	default:
+	} else {
 		err = compare(ctx, *names, *rounds, *seconds, *coredns)
 	}
 	if err != nil {
@@ -140,73 +133,6 @@ func residentKiB(pid int) int {
 	}
 	pages, _ := strconv.Atoi(f[1])
 	return pages * os.Getpagesize() / 1024
-}
-
-// underFlood prints the latency of good queries beside rate malformed ones a second.
-func underFlood(ctx context.Context, names, rate, seconds int) error {
-	c, err := meshdContestant(names)
-	if err != nil {
-		return err
-	}
-	pid, stop, err := c.start(ctx)
-	if err != nil {
-		return err
-	}
-	defer stop()
-	conn, err := net.Dial("udp", c.addr)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	before, err := cpuSeconds(pid)
-	if err != nil {
-		return err
-	}
-	flooding, end := context.WithCancel(ctx)
-	defer end()
-	sent := make(chan int)
-	start := time.Now()
-	go func() { // ends with flooding
-		r := rand.New(rand.NewPCG(1, 1))
-		n := 0
-		for flooding.Err() == nil {
-			for due := int(time.Since(start).Seconds() * float64(rate)); n < due; n++ {
-				_, _ = conn.Write(malformed(r))
-			}
-			time.Sleep(100 * time.Microsecond)
-		}
-		sent <- n
-	}()
-	p50, p99, lost, err := latency(ctx, c.addr, names, 5000, time.Duration(seconds)*time.Second)
-	end()
-	n := <-sent
-	wall := time.Since(start).Seconds()
-	if err != nil {
-		return err
-	}
-	after, err := cpuSeconds(pid)
-	fmt.Printf("%.0f malformed queries/s for %.0f s, CPU %.0f %%; 5,000 good ones/s: p50 %.0f µs p99 %.0f µs, %.3f %% answered\n",
-		float64(n)/wall, wall, 100*(after-before)/wall, p50, p99, 100-100*float64(lost)/float64(5000*seconds))
-	return err
-}
-
-// malformed returns noise, a damaged query, or a name made of pointers.
-func malformed(r *rand.Rand) []byte {
-	b := question(uint16(r.Uint32()), r.IntN(1000))
-	switch r.IntN(4) {
-	case 0:
-		b = make([]byte, r.IntN(600))
-		for i := range b {
-			b[i] = byte(r.Uint32())
-		}
-	case 1:
-		b = b[:r.IntN(len(b))]
-	case 2:
-		b[12+r.IntN(len(b)-12)] = 0xc0
-	default:
-		b[4+r.IntN(8)] = byte(r.Uint32())
-	}
-	return b
 }
 
 func compare(ctx context.Context, names, rounds, seconds int, coredns string) error {

@@ -507,8 +507,8 @@ func TestRekeyUnderLoad(t *testing.T) {
 				if f.received.Load() != f.sent.Load() || f.doubled != 0 || f.sent.Load() < 1000 {
 					t.Errorf("%s: of %d datagrams %d arrived, and %d once more", way, f.sent.Load(), f.received.Load(), f.doubled)
 				}
-				if way == "there" && long && float64(f.sent.Load()*segment*8)/f.took.Seconds() < 0.95e9 {
-					t.Error("this is no gigabit a second: nothing is shown")
+				if way == "there" && long && float64(f.sent.Load()*segment*8)/f.took.Seconds() < 0.5e9 { // beside other packages' long tests
+					t.Error("this is not half a gigabit a second: it shows nothing")
 				}
 			}
 			for i, x := range k.tun {
