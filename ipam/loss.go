@@ -82,7 +82,7 @@ func (c *core) tryRemove(call *call) bool {
 			case !c.serving:
 				call.why = c.notReady()
 			case len(missing) > 0:
-				call.why = "waiting for " + few(missing) + ", to hear what they know of its addresses"
+				call.why = "waiting for " + few(missing) + ", to hear what they know of its addresses (if they have gone too: meshctl rmpeer)"
 			default:
 				call.why = fmt.Sprintf("waiting for peer %s, which takes its addresses", c.winner(id).Peer)
 			}

@@ -27,7 +27,8 @@ import (
 type daemon struct {
 	report control.Report
 	server netip.AddrPort
-	primed chan struct{} // what Prime waits for, if not nil
+	primed chan struct{}   // what Prime waits for, if not nil
+	both   *sync.WaitGroup // what RemovePeer waits for, if not nil
 
 	mu    sync.Mutex
 	calls []string
@@ -64,6 +65,10 @@ func (d *daemon) Leave(context.Context) error { return d.call("leave") }
 func (d *daemon) RemovePeer(_ context.Context, peer string) (int, error) {
 	if peer == "broken" {
 		return 0, errors.New("the disk is full")
+	}
+	if d.both != nil { // who was removed first is taken over when the other one is not waited for any more
+		d.both.Done()
+		d.both.Wait()
 	}
 	return len(peer), d.call("rmpeer %s", peer)
 }
@@ -287,6 +292,7 @@ func TestCommands(t *testing.T) {
 		if code != c.code || stdout != c.stdout {
 			t.Errorf("meshctl %s: got exit %d, stdout %q, want %d, %q", c.line, code, stdout, c.code, c.stdout)
 		}
+		slices.Sort(d.calls) // rmpeer makes several at once
 		if got := strings.Join(d.calls, "; "); got != c.call {
 			t.Errorf("meshctl %s: got calls %q, want %q", c.line, got, c.call)
 		}
@@ -317,6 +323,17 @@ func TestStatusAndReport(t *testing.T) {
 	}
 }
 
+// Of two peers that have gone, each is waited for until it is removed as well.
+func TestSeveralAreRemovedAtOnce(t *testing.T) {
+	d := everything(t)
+	d.both = new(sync.WaitGroup)
+	d.both.Add(2)
+	env := map[string]string{"MESH_SOCKET": serve(t, d, false)}
+	if code, stdout, stderr := ctl(t, env, "rmpeer", "host2", "h3"); code != 0 || stdout != "5 IPs taken over from host2\n2 IPs taken over from h3\n" || stderr != "" {
+		t.Errorf("got exit %d, %q, %q", code, stdout, stderr)
+	}
+}
+
 // heard is told of what is written.
 type heard func(string)
 
@@ -334,7 +351,7 @@ func TestWaitingIsSaid(t *testing.T) {
 		stderr: heard(func(s string) { said = append(said, s); close(d.primed) }), patience: time.Millisecond,
 		env: func(name string) (string, bool) { return socket, name == "MESH_SOCKET" },
 	}
-	if code := a.run(t.Context(), []string{"prime"}); code != 0 || len(said) != 1 || said[0] != "meshctl: waiting for other peers: awaiting consensus (quorum: 2, known: 1)\n" {
+	if code := a.run(t.Context(), []string{"prime"}); code != 0 || len(said) != 1 || said[0] != "meshctl: no answer yet: awaiting consensus (quorum: 2, known: 1)\n" {
 		t.Errorf("got exit %d, %q", code, said)
 	}
 }

@@ -27,7 +27,7 @@ func (a *app) sayWhy(ctx context.Context, c *control.Client) (stop func()) {
 			return
 		}
 		if why := strings.Join(r.IPAM.Waiting, "; "); why != "" {
-			a.say("waiting for other peers: %s", why)
+			a.say("no answer yet: %s", why)
 		}
 	}()
 	return func() { cancel(); <-done }

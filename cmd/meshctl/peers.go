@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 
 	"github.com/spf13/cobra"
 
@@ -58,7 +59,8 @@ func (a *app) rmpeerCommand() *cobra.Command {
 		Short: "Take over the addresses of peers that are gone for good",
 		Long: `Takes over the address space of peers that have gone and will not come back, each by its name or
 nickname, and prints how many addresses that was: 0 for a peer that is unknown or this one. Addresses
-outside the range that its containers had can be used again as well.`,
+outside the range that its containers had can be used again as well. If several have gone, name all of
+them: all who are not removed are asked what they know.`,
 		Args: atLeastOne("name or nickname"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
@@ -66,18 +68,24 @@ outside the range that its containers had can be used again as well.`,
 				return err
 			}
 			defer a.sayWhy(cmd.Context(), c)()
+			// All at once: of several that have gone, each is waited for until it is known that it will not come back.
+			texts, errs := make([]string, len(args)), make([]error, len(args))
+			var wg sync.WaitGroup
+			for i, peer := range args {
+				wg.Go(func() { texts[i], errs[i] = c.RemovePeer(cmd.Context(), peer) })
+			}
+			wg.Wait()
 			code := exitOK
-			for _, peer := range args {
-				text, err := c.RemovePeer(cmd.Context(), peer)
+			for i, err := range errs {
 				if errors.Is(err, control.ErrUnreachable) || cmd.Context().Err() != nil {
 					return err
 				}
 				if err != nil {
-					a.say("%s: %v", peer, err)
+					a.say("%s: %v", args[i], err)
 					code = exitFailed
 					continue
 				}
-				fmt.Fprint(a.stdout, text)
+				fmt.Fprint(a.stdout, texts[i])
 			}
 			if code != exitOK {
 				return &exitError{code: code}
