@@ -139,6 +139,9 @@ func (d *Datapath) applyEndpoints(now time.Time) error {
 	errs = append(errs, d.applyNetworks(false))
 
 	want := d.desiredEndpoints(now)
+	if n := crowdOut(want, d.kernel.endpoints, maxForeign); n > 0 {
+		errs = append(errs, fmt.Errorf("%d endpoints of other hosts beyond %d: %w", n, maxForeign, ErrTooMany))
+	}
 	for key, v := range want {
 		if have, ok := d.kernel.endpoints[key]; ok && have == v {
 			continue

@@ -15,7 +15,7 @@ var (
 	ErrNotSupported = errors.New("kernel path not supported")
 	// ErrBusy: another meshd holds these pins.
 	ErrBusy = errors.New("another meshd runs this kernel path")
-	// ErrTooMany: a port has more addresses, or this host more networks, than the maps hold.
+	// ErrTooMany: a port has more addresses, this host more networks, or the mesh more endpoints, than the maps hold.
 	ErrTooMany = errors.New("too many for the kernel path")
 )
 

@@ -83,7 +83,7 @@ func TestConstants(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, want := range map[string]int{
-		"MAX_PEERS": maxPeers, "MAX_ADDR4": maxAddr4, "MAX_ADDR6": maxAddr6, "NET_WORDS": maxNetworks / 64, "CONFIG_RELAY": configRelay,
+		"MAX_PEERS": maxPeers, "MAX_PORTS": maxPorts, "MAX_ENDPOINTS": maxForeign + maxPorts, "MAX_ADDR4": maxAddr4, "MAX_ADDR6": maxAddr6, "NET_WORDS": maxNetworks / 64, "CONFIG_RELAY": configRelay,
 		"PEER_KNOWN": peerKnown, "PEER_UP": peerUp, "PEER_TO_V6": peerToV6, "PEER_FROM_V6": peerFromV6, "PEER_RELAYED": peerRelayed,
 		"ENDPOINT_LOCAL": endpointLocal, "ENDPOINT_VETH": endpointVeth, "ENDPOINT_HOST": endpointHost, "ENDPOINT_ANNOUNCED": endpointAnnounced,
 		"PORT_EXEMPT": portExempt, "PORT_ANNOUNCED": portAnnounced,

@@ -14,6 +14,8 @@ import (
 const (
 	maxPeers    = 4096
 	maxNetworks = 256
+	maxPorts    = 4096
+	maxForeign  = 131072 - maxPorts // endpoints of other hosts; the rest of the map is for this one's
 	maxAddr4    = 16
 	maxAddr6    = 8
 
@@ -127,6 +129,30 @@ func peerValue(p Peer, to netip.Addr, isUp, relayed bool) (v bpfPeer) {
 		v.Flags |= peerUp
 	}
 	return v
+}
+
+// crowdOut takes out of want what goes beyond most endpoints of other hosts, those last that are there already, and returns how
+// many. Frames of those go the way of unknown addresses; who announces without end keeps no room from this host's own.
+func crowdOut(want, have map[uint64]bpfEndpoint, most int) (out int) {
+	foreign := 0
+	for _, v := range want {
+		if v.Flags&endpointLocal == 0 {
+			foreign++
+		}
+	}
+	for _, newcomers := range []bool{true, false} {
+		for key, v := range want {
+			if foreign <= most {
+				return out
+			}
+			if _, there := have[key]; v.Flags&endpointLocal == 0 && there != newcomers {
+				delete(want, key)
+				foreign--
+				out++
+			}
+		}
+	}
+	return out
 }
 
 // netset is a set of network numbers.

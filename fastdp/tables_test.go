@@ -116,3 +116,36 @@ func TestPeerValue(t *testing.T) {
 		}
 	}
 }
+
+// Endpoints of other hosts are as many as anybody in the mesh likes: they leave room for this host's, and those that are known stay.
+func TestCrowdOut(t *testing.T) {
+	want, have := map[uint64]bpfEndpoint{}, map[uint64]bpfEndpoint{}
+	for i := range uint64(100) {
+		v := bpfEndpoint{Peer: 2}
+		if i < 10 {
+			v = bpfEndpoint{Peer: 1, Flags: endpointLocal}
+		} else if i < 50 {
+			have[i] = v
+		}
+		want[i] = v
+	}
+	if out := crowdOut(want, have, 90); out != 0 || len(want) != 100 {
+		t.Errorf("%d of 90 went, %d are left", out, len(want))
+	}
+	if out := crowdOut(want, have, 60); out != 30 || len(want) != 70 {
+		t.Errorf("%d went to leave 60, %d are left of all", out, len(want))
+	}
+	for i := range uint64(50) {
+		if _, ok := want[i]; !ok {
+			t.Errorf("%d went, of this host or known before", i)
+		}
+	}
+	if out := crowdOut(want, have, 20); out != 40 || len(want) != 30 {
+		t.Errorf("%d went to leave 20, %d are left of all", out, len(want))
+	}
+	for i := range uint64(10) {
+		if _, ok := want[i]; !ok {
+			t.Errorf("%d of this host went", i)
+		}
+	}
+}
