@@ -18,7 +18,7 @@ const (
 	publishLazy  = time.Second            // between publications when anything else changed
 	routesPause  = 20 * time.Millisecond  // between computations of routes
 	reachPause   = 500 * time.Millisecond
-	knowPause    = 100 * time.Millisecond // and 10 ms more for every peer
+	knowPause    = 100 * time.Millisecond // and 3 ms more for every peer
 	dialPause    = 50 * time.Millisecond  // between looks for whom to dial
 	bearPause    = 100 * time.Millisecond // between looks whether links lead to those who are told of,
 	bearQuiet    = time.Second            // if nothing changed
@@ -311,8 +311,12 @@ func (n *Node) compare(now time.Time) {
 	}
 	slices.SortFunc(with, mesh.PeerName.Compare)
 	if s.hint && now.Sub(s.hinted) >= n.syncPause() {
+		few := spreadFanout
+		if s.brought >= syncLot {
+			few = 1 // many entries differ, and are listed each time
+		}
 		s.hint, s.hinted, s.brought = false, now, 0
-		with = append(with, draw(peers, spreadFanout, n.rng)...)
+		with = append(with, draw(peers, few, n.rng)...)
 	}
 	if now.Sub(s.synced) >= syncEvery && len(peers) > 0 {
 		s.synced = now
@@ -339,7 +343,7 @@ func (n *Node) syncPause() time.Duration {
 // dial dials what is due.
 func (n *Node) dial(ctx context.Context, now time.Time, lookups *sync.WaitGroup) {
 	s := &n.state
-	pause := knowPause + time.Duration(len(n.routes.Load().Reachable()))*10*time.Millisecond
+	pause := knowPause + time.Duration(len(n.routes.Load().Reachable()))*3*time.Millisecond
 	if changes := n.topology.Changes(); changes != s.knewAt && now.Sub(s.knew) >= pause {
 		s.knew, s.knewAt = now, changes
 		all := n.candidates()
