@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"pgregory.net/rapid"
@@ -149,6 +150,48 @@ func TestSyncCost(t *testing.T) {
 		}
 	}
 	t.Logf("a newcomer took %d exchanges for 20,001 entries", rounds)
+}
+
+// sendCounter counts what is sent to each peer.
+type sendCounter struct {
+	nullUnderlay
+	to map[mesh.PeerName]int
+}
+
+func (c sendCounter) Send(to mesh.PeerName, _ []byte) error { c.to[to]++; return nil }
+
+// Three hundred newcomers ask one peer for everything. When answers ran out, a few once had them all, and some knew
+// nobody for seconds.
+func TestSyncShares(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ask := itemsMessages(9, 7, 0, ^uint64(0), nil)[0][1:]
+		table := fixedTable{}
+		for k := range uint64(5_000) {
+			table[k<<50] = 1
+		}
+		for _, peers := range []int{2, 300} {
+			out := sendCounter{to: map[mesh.PeerName]int{}}
+			n := New(Config{Self: router.Peer{Name: pn(1), Run: 1, Port: 6783}, Seed: 1}, out)
+			n.AddTable(9, table)
+			rng := rand.New(rand.NewPCG(1, 2))
+			for range 200 {
+				for _, p := range rng.Perm(peers) {
+					if rng.IntN(20) == 0 {
+						n.handleSync(pn(2+p), ask)
+					}
+				}
+				time.Sleep(10 * time.Millisecond)
+			}
+			least, most := out.to[pn(2)], 0
+			for p := range peers {
+				least, most = min(least, out.to[pn(2+p)]), max(most, out.to[pn(2+p)])
+			}
+			t.Logf("of %d who ask for two seconds one gets %d messages, another %d", peers, least, most)
+			if want := map[int]int{2: 200, 300: 1}[peers]; least < want {
+				t.Errorf("of %d who ask for two seconds one got %d messages, want %d", peers, least, want)
+			}
+		}
+	})
 }
 
 func FuzzSync(f *testing.F) {
