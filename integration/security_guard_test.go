@@ -2,6 +2,7 @@ package integration
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"fmt"
 	"maps"
@@ -280,6 +281,62 @@ func (w *world) pace(n, perSecond int, f func(i int)) {
 	}
 }
 
+// TestContainersPretendFromTheStart has a container send in another's name from the moment when its interface is there: the guard
+// has to be there before.
+func TestContainersPretendFromTheStart(t *testing.T) {
+	for name, options := range map[string][]string{"Kernel": nil, "Nftables": {"--pin-dir", "/sys/kernel/none/meshd"}} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, 1, time.Minute)
+			h := w.Host(1)
+			w.launch(h, options...)
+			victim := w.netns(h, "victim", "10.2.1.1/24")
+			limit := 3 * time.Second
+			seen := w.observe(victim.Container, "ethmesh", limit)
+			ctx, cancel := context.WithTimeout(w.ctx, limit)
+			defer cancel()
+			sent := 0
+			for i := range 5 {
+				c, err := h.Netns(w.ctx, fmt.Sprintf("liar%d", i))
+				w.try(err)
+				attached := make(chan struct{})
+				var liar sync.WaitGroup
+				liar.Go(func() {
+					var f *lab.Frames
+					for ctx.Err() == nil && f == nil {
+						f, _ = c.OpenFrames("ethmesh")
+					}
+					if f == nil {
+						return
+					}
+					defer f.Close()
+					lie := tagged(ether(bytes.Repeat([]byte{0xff}, 6), []byte{2, 0, 0, 0, 0, 9}, 0x88b5), []byte("@@lie@@"))
+					var until time.Time
+					for ctx.Err() == nil && (until.IsZero() || time.Now().Before(until)) {
+						select {
+						case <-attached:
+							if until.IsZero() {
+								until = time.Now().Add(100 * time.Millisecond)
+							}
+						default:
+						}
+						if f.Send(lie) == nil {
+							sent++
+						}
+					}
+				})
+				_, err = c.Attach(w.ctx, fmt.Sprintf("10.2.1.%d/24", i+2))
+				close(attached)
+				liar.Wait()
+				w.try(err)
+				w.try(c.Remove(w.ctx))
+			}
+			if n := seen()["lie"]; n > 0 || sent < 100 {
+				t.Errorf("%d of %d frames in another's name arrived, want none of hundreds", n, sent)
+			}
+		})
+	}
+}
+
 // TestContainersPretend is L1, L2, L3, L7 and L9: a container with every capability in its namespace, or in the long run
 // eight on four hosts at a time, speak in others' names, as a router, a switch and a DHCP server, and to other subnets, on each
 // kind of path. Where nftables stands in for the kernel path it keeps containers to their own names, but neither keeps subnets
@@ -315,7 +372,6 @@ func TestContainersPretend(t *testing.T) {
 				_, err := v.Out(w.ctx, "/bin/sh", "-c", "echo 2 > /proc/sys/net/ipv6/conf/ethmesh/accept_ra; echo 1 > /proc/sys/net/ipv4/conf/ethmesh/arp_accept")
 				w.try(err)
 			}
-			w.rest(2 * time.Second) // the guard looks after ports once a second where nftables does it
 			believed := func() string {
 				out := ""
 				for _, m := range c.victims {
@@ -551,6 +607,9 @@ func (w *world) flood(c *cast, limited, apart bool) {
 			w.storm(c, limited, a)
 		}
 	}
+	for _, o := range others {
+		o.stop() // all wait for stragglers at a time
+	}
 	for i, o := range others {
 		r := w.end(o)
 		w.t.Logf("meanwhile from %s to %s: %v", c.victims[i].Name, next(i).Name, r)
@@ -613,10 +672,11 @@ func (w *world) storm(c *cast, limited bool, from ...*member) {
 	}
 }
 
-// strays has each attacker in turn send to addresses that nobody has, as fast as it can for a second. Its host passes them on
+// strays has each attacker in turn send to addresses that nobody has, as fast as it can. Its host passes them on
 // to each of the others no faster than broadcasts. Who shares meshd's queues with them on that host may wait and lose.
 func (w *world) strays(c *cast, apart bool) {
 	w.t.Helper()
+	length := scaled(300*time.Millisecond, time.Second)
 	for i, a := range c.attackers {
 		from, to := c.victims[i], c.victims[(i+1)%len(c.victims)]
 		other := w.watch(from, to, 2*time.Millisecond)
@@ -632,7 +692,7 @@ func (w *world) strays(c *cast, apart bool) {
 			w.try(err)
 			defer f.Close()
 			counting.Go(func() {
-				n := f.Collect(1500*time.Millisecond, func(frame []byte) bool { return bytes.Contains(frame, []byte(text)) })
+				n := f.Collect(length+300*time.Millisecond, func(frame []byte) bool { return bytes.Contains(frame, []byte(text)) })
 				mu.Lock()
 				defer mu.Unlock()
 				arrived[h.Name] = n
@@ -640,13 +700,14 @@ func (w *world) strays(c *cast, apart bool) {
 		}
 		f, sent := c.frames[a], 0
 		frame := ether([]byte{2, 0xf1, 0, 0, 0, 0}, f.MAC, 0x800, ip4(a.addr, netip.MustParseAddr("10.2.1.99"), 17, udp(9, 9, []byte(text)))...)
-		for end := time.Now().Add(time.Second); time.Now().Before(end); sent++ {
+		for end := time.Now().Add(length); time.Now().Before(end); sent++ {
 			binary.BigEndian.PutUint32(frame[2:], uint32(sent))
 			_ = f.Send(frame)
 		}
+		other.stop()
 		counting.Wait()
 		r := w.end(other)
-		w.t.Logf("%d frames to unknown addresses in a second from %s, arrived: %v; meanwhile from %s to %s: %v", sent, a.Name, arrived, from.Name, to.Name, r)
+		w.t.Logf("%d frames to unknown addresses in %v from %s, arrived: %v; meanwhile from %s to %s: %v", sent, length, a.Name, arrived, from.Name, to.Name, r)
 		if apart && r.Lost > r.Sent/10 || r.Duplicated > 0 {
 			w.t.Errorf("the others kept %d of %d", r.Received, r.Sent)
 		}
