@@ -72,7 +72,8 @@ func TestProxyChurn(t *testing.T) {
 	w.proxyDocker(h, "run", "--rm", lab.Image, "true") // from now on the waiter is installed
 	w.try(lab.Until(w.ctx, 10*time.Second, "that container to be gone", func() bool {
 		out, err := h.Must(w.ctx, "ps")
-		return err == nil && strings.Count(out, "\n") == 0 // the host's own line
+		own := strings.Count(out, "\n") == 0 // the host's own line
+		return err == nil && own && len(h.Glob("/sys/fs/bpf/meshd/links/port_in-*")) == 0
 	}))
 	before, err := h.Snapshot(w.ctx)
 	w.try(err)

@@ -2,6 +2,7 @@ package integration
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"fmt"
 	"maps"
@@ -280,6 +281,62 @@ func (w *world) pace(n, perSecond int, f func(i int)) {
 	}
 }
 
+// TestContainersPretendFromTheStart has a container send in another's name from the moment when its interface is there: the guard
+// has to be there before.
+func TestContainersPretendFromTheStart(t *testing.T) {
+	for name, options := range map[string][]string{"Kernel": nil, "Nftables": {"--pin-dir", "/sys/kernel/none/meshd"}} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, 1, time.Minute)
+			h := w.Host(1)
+			w.launch(h, options...)
+			victim := w.netns(h, "victim", "10.2.1.1/24")
+			limit := 3 * time.Second
+			seen := w.observe(victim.Container, "ethmesh", limit)
+			ctx, cancel := context.WithTimeout(w.ctx, limit)
+			defer cancel()
+			sent := 0
+			for i := range 5 {
+				c, err := h.Netns(w.ctx, fmt.Sprintf("liar%d", i))
+				w.try(err)
+				attached := make(chan struct{})
+				var liar sync.WaitGroup
+				liar.Go(func() {
+					var f *lab.Frames
+					for ctx.Err() == nil && f == nil {
+						f, _ = c.OpenFrames("ethmesh")
+					}
+					if f == nil {
+						return
+					}
+					defer f.Close()
+					lie := tagged(ether(bytes.Repeat([]byte{0xff}, 6), []byte{2, 0, 0, 0, 0, 9}, 0x88b5), []byte("@@lie@@"))
+					var until time.Time
+					for ctx.Err() == nil && (until.IsZero() || time.Now().Before(until)) {
+						select {
+						case <-attached:
+							if until.IsZero() {
+								until = time.Now().Add(100 * time.Millisecond)
+							}
+						default:
+						}
+						if f.Send(lie) == nil {
+							sent++
+						}
+					}
+				})
+				_, err = c.Attach(w.ctx, fmt.Sprintf("10.2.1.%d/24", i+2))
+				close(attached)
+				liar.Wait()
+				w.try(err)
+				w.try(c.Remove(w.ctx))
+			}
+			if n := seen()["lie"]; n > 0 || sent < 100 {
+				t.Errorf("%d of %d frames in another's name arrived, want none of hundreds", n, sent)
+			}
+		})
+	}
+}
+
 // TestContainersPretend is L1, L2, L3, L7 and L9: a container with every capability in its namespace, or in the long run
 // eight on four hosts at a time, speak in others' names, as a router, a switch and a DHCP server, and to other subnets, on each
 // kind of path. Where nftables stands in for the kernel path it keeps containers to their own names, but neither keeps subnets
@@ -315,7 +372,6 @@ func TestContainersPretend(t *testing.T) {
 				_, err := v.Out(w.ctx, "/bin/sh", "-c", "echo 2 > /proc/sys/net/ipv6/conf/ethmesh/accept_ra; echo 1 > /proc/sys/net/ipv4/conf/ethmesh/arp_accept")
 				w.try(err)
 			}
-			w.rest(2 * time.Second) // the guard looks after ports once a second where nftables does it
 			believed := func() string {
 				out := ""
 				for _, m := range c.victims {

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -24,6 +25,8 @@ type kernelPath struct {
 	off    string                          // why it carries nothing; fixed by open
 	wake   chan struct{}
 	shared mesh.ShortID // owned by run: the last one stored
+
+	guarding sync.Mutex // held from listing the ports until they are told, so that no older list is told after a newer one
 }
 
 func newKernelPath(h *house) *kernelPath {
@@ -138,19 +141,9 @@ func (k *kernelPath) run(ctx context.Context) error {
 
 // guardOnly has nftables guard the ports where there is no kernel path to do so.
 func (k *kernelPath) guardOnly(ctx context.Context) error {
-	guard := func() error {
-		if k.h.cfg.Overlay.NoSpoofGuard {
-			return k.h.firewall.Unguard()
-		}
-		ports, err := k.h.containers.Ports()
-		if err != nil {
-			return err
-		}
-		return k.h.firewall.Guard(ports)
-	}
 	failed := ""
 	for {
-		err := guard()
+		err := k.guardAll()
 		if err != nil && err.Error() != failed {
 			k.log.Warn("containers are not kept to their own addresses", "err", err)
 		}
@@ -164,6 +157,30 @@ func (k *kernelPath) guardOnly(ctx context.Context) error {
 			return nil
 		}
 	}
+}
+
+func (k *kernelPath) guardAll() error {
+	if k.h.cfg.Overlay.NoSpoofGuard {
+		return k.h.firewall.Unguard()
+	}
+	k.guarding.Lock()
+	defer k.guarding.Unlock()
+	ports, err := k.h.containers.Ports()
+	if err != nil {
+		return err
+	}
+	return k.h.firewall.Guard(ports)
+}
+
+// guard is called for a port that is about to join the bridge.
+func (k *kernelPath) guard(p mesh.Port) error {
+	dp := k.dp.Load()
+	if dp == nil {
+		return k.guardAll()
+	}
+	k.guarding.Lock()
+	defer k.guarding.Unlock()
+	return dp.AttachPort(fastdp.Port{Index: p.Index, MAC: p.MAC, Addrs: p.Addrs})
 }
 
 // tell gives the kernel path peers, endpoints and ports as they are now.
@@ -220,6 +237,8 @@ func (k *kernelPath) peers(st gossip.Status) []fastdp.Peer {
 
 // ports attaches the kernel path to the host ends of our ports, and to foreign ports without a guard.
 func (k *kernelPath) ports(dp *fastdp.Datapath) error {
+	k.guarding.Lock()
+	defer k.guarding.Unlock()
 	have, err := k.h.containers.Ports()
 	if err != nil {
 		return err

@@ -106,7 +106,9 @@ func (h *house) openState() error {
 // checkHost looks at the host's network and changes nothing: what is wrong is known before anything is made.
 func (h *house) checkHost() error {
 	var err error
-	if h.host, err = hostnet.Open(hostConfig(h.cfg, h.log)); err != nil {
+	hc := hostConfig(h.cfg, h.log)
+	hc.Guard = func(p mesh.Port) error { return h.kernel.guard(p) }
+	if h.host, err = hostnet.Open(hc); err != nil {
 		return err
 	}
 	if h.mtu = h.cfg.Overlay.MTU; h.mtu == 0 {

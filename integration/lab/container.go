@@ -176,7 +176,8 @@ func reuse(_, _ string, c syscall.RawConn) (err error) {
 	cerr := c.Control(func(fd uintptr) {
 		err = errors.Join(
 			syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_BROADCAST, 1),
-			syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 8<<20))
+			// A receiver that the machine keeps waiting must not be taken for loss: more than net.core.rmem_max.
+			syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUFFORCE, 8<<20))
 	})
 	return errors.Join(err, cerr)
 }

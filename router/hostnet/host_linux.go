@@ -26,7 +26,10 @@ type Config struct {
 	PortPrefix   string // start of its host end's name, default "vmesh", at most 7 bytes
 	DockerBridge string // Docker's default bridge, default "docker0"
 	Table        string // nftables table of the family inet, default "mesh"
-	Log          *slog.Logger
+	// Guard keeps a port to its MAC address and its addresses. It is called before the port joins the bridge and before it
+	// has further addresses, so that no frame goes out unguarded; an error ends the attach. nil: ports are not guarded.
+	Guard func(mesh.Port) error
+	Log   *slog.Logger
 }
 
 // aliasPrefix marks devices of ours: "meshd:" and the owner of a port, or the name that the device had.

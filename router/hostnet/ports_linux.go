@@ -65,6 +65,17 @@ func (h *Host) attachPort(ns *os.File, p mesh.Port) error {
 	if err != nil {
 		return err
 	}
+	if host.Alias == "" {
+		if err := h.nl.LinkSetAlias(host, aliasPrefix+p.Owner); err != nil {
+			return fmt.Errorf("set alias of %s: %w", host.Name, err)
+		}
+	}
+	if h.cfg.Guard != nil {
+		p.HostEnd, p.Index = host.Name, host.Index
+		if err := h.cfg.Guard(p); err != nil {
+			return fmt.Errorf("guard %s, which --no-spoof-guard does without: %w", host.Name, err)
+		}
+	}
 	end, err := inside.LinkByIndex(host.ParentIndex)
 	if err != nil {
 		return fmt.Errorf("look up the inner end of %s: %w", host.Name, err)
@@ -73,7 +84,7 @@ func (h *Host) attachPort(ns *os.File, p mesh.Port) error {
 		return err
 	}
 	// The inner end gets carrier only now, which is what the container's process waits for.
-	if err := h.plug(host, br, p); err != nil {
+	if err := h.plug(host, br); err != nil {
 		return err
 	}
 	// Either end takes it in by itself, and what is sent on one that has not yet is lost.
@@ -210,12 +221,7 @@ func superframe(mtu int) int {
 }
 
 // plug makes the host end a port of the bridge.
-func (h *Host) plug(host *netlink.Veth, br *netlink.Bridge, p mesh.Port) error {
-	if host.Alias == "" {
-		if err := h.nl.LinkSetAlias(host, aliasPrefix+p.Owner); err != nil {
-			return fmt.Errorf("set alias of %s: %w", host.Name, err)
-		}
-	}
+func (h *Host) plug(host *netlink.Veth, br *netlink.Bridge) error {
 	if host.MTU != br.MTU {
 		if err := h.nl.LinkSetMTU(host, br.MTU); err != nil {
 			return fmt.Errorf("set MTU of %s to %d: %w", host.Name, br.MTU, err)

@@ -359,6 +359,35 @@ func stripPeerIndex(s string) string {
 	return out.String()
 }
 
+// A port is guarded before it can send, and is not plugged in where it cannot be.
+func TestGuardComesFirst(t *testing.T) {
+	h, _ := newHost(t)
+	p, ns := testPort(1, "10.2.1.1/24"), newNamespace(t)
+	refuse := errors.New("not now")
+	var fault error
+	h.cfg.Guard = func(got mesh.Port) error {
+		l, err := h.nl.LinkByIndex(got.Index)
+		if err != nil || l.Attrs().Name != got.HostEnd || l.Attrs().Alias != aliasPrefix+p.Owner || l.Attrs().MasterIndex != 0 || l.Attrs().Flags&net.FlagUp != 0 {
+			t.Errorf("asked to guard %+v, which is %+v, %v", got, l, err)
+		}
+		if got.MAC != p.MAC || !reflect.DeepEqual(got.Addrs, p.Addrs) {
+			t.Errorf("guard of %+v, want %+v", got, p)
+		}
+		return fault
+	}
+	fault = refuse
+	if err := h.AttachPort(ns, p); !errors.Is(err, refuse) {
+		t.Fatalf("attached without a guard: %v", err)
+	}
+	if l, err := h.nl.LinkByName(h.HostEnd(p.Owner)); err == nil && l.Attrs().MasterIndex != 0 {
+		t.Errorf("an unguarded port is on the bridge: %+v", l)
+	}
+	fault = nil
+	if err := h.AttachPort(ns, p); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestAttachRefuses(t *testing.T) {
 	h, hostNS := newHost(t)
 	ns := newNamespace(t)
