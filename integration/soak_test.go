@@ -15,22 +15,30 @@ import (
 )
 
 // sample is what a meshd that is never killed occupies at one time.
-type sample struct{ rss, heap, goroutines, fds float64 } // bytes, bytes, count, count
+type sample struct {
+	rss, heap, held, stacks, runtime float64 // bytes; held: of the heap, in use or kept from the kernel
+	goroutines, fds                  float64
+}
 
 func (w *world) sample(h *lab.Host) (s sample) {
 	w.t.Helper()
 	body, err := h.Get(w.ctx, "/metrics")
 	w.try(err)
+	var idle, released, sys float64
 	for line := range strings.Lines(string(body)) {
 		name, value, _ := strings.Cut(strings.TrimSpace(line), " ")
 		if to := map[string]*float64{
 			"process_resident_memory_bytes": &s.rss, "go_memstats_heap_inuse_bytes": &s.heap,
 			"go_goroutines": &s.goroutines, "process_open_fds": &s.fds,
+			"go_memstats_heap_idle_bytes": &idle, "go_memstats_heap_released_bytes": &released,
+			"go_memstats_stack_inuse_bytes": &s.stacks, "go_memstats_sys_bytes": &sys,
 		}[name]; to != nil {
 			*to, err = strconv.ParseFloat(value, 64)
 			w.try(err)
 		}
 	}
+	s.held = s.heap + idle - released
+	s.runtime = sys - s.heap - idle - s.stacks
 	return s
 }
 
@@ -41,7 +49,8 @@ const portFDs = 2
 func least(all []sample) sample {
 	out := all[0]
 	for _, s := range all {
-		out = sample{min(out.rss, s.rss), min(out.heap, s.heap), min(out.goroutines, s.goroutines), min(out.fds, s.fds)}
+		out = sample{rss: min(out.rss, s.rss), heap: min(out.heap, s.heap), held: min(out.held, s.held), stacks: min(out.stacks, s.stacks),
+			runtime: min(out.runtime, s.runtime), goroutines: min(out.goroutines, s.goroutines), fds: min(out.fds, s.fds)}
 	}
 	return out
 }
@@ -175,6 +184,14 @@ func TestSoak(t *testing.T) {
 		drift := 100 * (late.rss/early.rss - 1)
 		t.Logf("%s: RSS %.1f to %.1f MB (%+.1f %%), heap in use %.1f to %.1f MB, goroutines %.0f to %.0f, fds %.0f to %.0f", w.Hosts[i].Name,
 			early.rss/1e6, late.rss/1e6, drift, early.heap/1e6, late.heap/1e6, early.goroutines, late.goroutines, early.fds, late.fds)
+		for some := range slices.Chunk(samples[i], max(n/10, 1)) {
+			if lasting < 10*time.Minute {
+				break
+			}
+			s := least(some)
+			t.Logf("%s: in a tenth of the time at least: RSS %.1f MB, heap in use %.1f, heap held %.1f, stacks %.1f, rest of the runtime %.1f",
+				w.Hosts[i].Name, s.rss/1e6, s.heap/1e6, s.held/1e6, s.stacks/1e6, s.runtime/1e6)
+		}
 		if drift >= 5 && lasting >= 10*time.Minute {
 			t.Errorf("%s: RSS drifts by %.1f %%", w.Hosts[i].Name, drift)
 		}
