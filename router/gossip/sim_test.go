@@ -251,7 +251,7 @@ func TestKillAndRestart(t *testing.T) {
 		// The same in a hurry: nobody has noticed the death yet, but all hear of the new run at once.
 		time.Sleep(10 * time.Second)
 		c.Start(3, 0)
-		t.Log("after a quick restart:", c.Until("full mesh", time.Second, fullMesh(c)))
+		t.Log("after a quick restart:", c.Until("full mesh", 2*time.Second, fullMesh(c))) // a dead link takes 3 s to be found
 		time.Sleep(5 * time.Second)
 		synctest.Wait()
 		if got := fmt.Sprint(events); got != "[true suspect true alive]" {

@@ -18,11 +18,11 @@ const (
 	publishLazy  = time.Second            // between publications when anything else changed
 	routesPause  = 20 * time.Millisecond  // between computations of routes
 	reachPause   = 500 * time.Millisecond
-	knowPause    = 100 * time.Millisecond // and 3 ms more for every peer
-	dialPause    = 50 * time.Millisecond  // between looks for whom to dial
-	bearPause    = 100 * time.Millisecond // between looks whether links lead to those who are told of,
-	bearQuiet    = time.Second            // if nothing changed
-	checkPause   = 3 * time.Second        // between looks for peers that are no members
+	knowPause    = 100 * time.Millisecond // and 10 ms more for every peer, up to knowMost
+	knowMost     = 1500 * time.Millisecond
+	dialPause    = 50 * time.Millisecond // between looks for whom to dial
+	bearPause    = time.Second           // between looks whether links lead to those who are told of, if nothing changes
+	checkPause   = 3 * time.Second       // between looks for peers that are no members
 
 	syncEvery = 2 * time.Second        // between comparisons with a random peer
 	syncAgain = 200 * time.Millisecond // after one that brought something,
@@ -343,7 +343,7 @@ func (n *Node) syncPause() time.Duration {
 // dial dials what is due.
 func (n *Node) dial(ctx context.Context, now time.Time, lookups *sync.WaitGroup) {
 	s := &n.state
-	pause := knowPause + time.Duration(len(n.routes.Load().Reachable()))*3*time.Millisecond
+	pause := min(knowPause+time.Duration(len(n.routes.Load().Reachable()))*10*time.Millisecond, knowMost)
 	if changes := n.topology.Changes(); changes != s.knewAt && now.Sub(s.knew) >= pause {
 		s.knew, s.knewAt = now, changes
 		all := n.candidates()
@@ -363,7 +363,7 @@ func (n *Node) dial(ctx context.Context, now time.Time, lookups *sync.WaitGroup)
 	addrs, hosts := n.dialer.step(now)
 	var usurpers []mesh.PeerName
 	live, changes := n.book.live, n.topology.Changes()
-	if since := now.Sub(s.bore); since < bearPause || since < bearQuiet && changes == s.boreAt {
+	if changes == s.boreAt && now.Sub(s.bore) < bearPause {
 		live = nil
 	} else {
 		s.bore, s.boreAt = now, changes
@@ -374,8 +374,12 @@ func (n *Node) dial(ctx context.Context, now time.Time, lookups *sync.WaitGroup)
 			usurpers = append(usurpers, name)
 			continue
 		}
+		if !ok || known.Run == ll.link.Peer.Run {
+			continue
+		}
+		s.boreAt = 0 // look again soon
 		// A link that is new may be ahead of what is told about its peer.
-		if ok && known.Run != ll.link.Peer.Run && now.Sub(ll.since) > time.Second {
+		if now.Sub(ll.since) > time.Second {
 			if a, ok := n.dialer.restarted(name, now); ok {
 				addrs = append(addrs, a)
 			}

@@ -297,7 +297,7 @@ func answerItems(tables map[mesh.Channel]Table, salt uint64, b []byte, most int)
 	for key := range theirs {
 		want = append(want, key)
 	}
-	if len(send) > 0 {
+	if len(send) > entriesPerMsg {
 		// Not everything may fit, and those who ask at the same time should not all get the same.
 		at := int(salt % uint64(len(send)))
 		send = slices.Concat(send[at:], send[:at])
