@@ -550,8 +550,8 @@ func (w *world) views(a netip.Addr) (out string) {
 
 // orphan reports whether all who knew of a life when it began to serve have been removed, or are such
 // themselves: the one case that cannot be excluded (see the package comment). Its containers do not count
-// until a member that remains knows it, and sees as its own what it sees as its own. That one is a witness
-// from then on. Where nobody was removed there are no orphans, and founders never are: whoever has the ring
+// until a member that remains knows it, and sees as its own what it sees as its own, and none sees a later owner of that.
+// That one is a witness from then on. Where nobody was removed there are no orphans, and founders never are: whoever has the ring
 // knows them. A life that began to serve alone, after the grace time, has no witness at all: once anybody was
 // removed it is an orphan, for nobody can be asked who knows that it exists.
 func (w *world) orphan(life ring.ID) bool {
@@ -580,7 +580,7 @@ func (w *world) orphanOf(life ring.ID, seen map[ring.ID]bool) bool {
 		}
 	}
 	for _, n := range w.nodes {
-		if !n.up || n.core.me != life {
+		if !n.up || n.core.me != life || w.overtaken(n) {
 			continue
 		}
 		for _, o := range w.nodes {
@@ -594,6 +594,23 @@ func (w *world) orphanOf(life ring.ID, seen map[ring.ID]bool) bool {
 		}
 	}
 	return true
+}
+
+// overtaken reports whether a member that remains sees a later owner of something that n sees as its own: n has
+// yet to hear of that, and those who know it, such as a new life of whoever gave it that, may be as far behind.
+func (w *world) overtaken(n *node) (is bool) {
+	for _, s := range n.core.ring.Owned(n.core.me) {
+		for _, o := range w.nodes {
+			if o == n || !o.up || w.removed[o.core.me] {
+				continue
+			}
+			o.core.ring.Segments(s.Start, s.End, func(t ring.Segment) bool {
+				is = is || t.Epoch > s.Epoch && t.Owner != n.core.me
+				return !is
+			})
+		}
+	}
+	return is
 }
 
 // watch notes who knows of a new life, and demands that no takeover overlooks a life that an active
@@ -1254,8 +1271,16 @@ func TestSimulation(t *testing.T) {
 	if *simSeeds > 0 {
 		seeds = *simSeeds
 	}
+	for _, seed := range foundSeeds {
+		if w := simulate(seed, 2000, func(string, ...any) {}); w.err != nil {
+			t.Errorf("seed %d: %v", seed, w.err)
+		}
+	}
 	runSeeds(t, seeds, func(seed int64) *world { return simulate(seed, 2000, func(string, ...any) {}) })
 }
+
+// foundSeeds are those that once failed, and are not among the first.
+var foundSeeds = []int64{68049}
 
 // minChecked is the share of containers, in percent, that rule 1 must not pass over, or passing says little.
 const minChecked = 75
