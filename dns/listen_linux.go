@@ -7,10 +7,13 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
+	"slices"
 	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"meshd/mesh"
 )
 
 // PortTakenError says who holds the address that the name server is to listen on.
@@ -131,30 +134,15 @@ func socketCount() int { return max(1, min(runtime.GOMAXPROCS(0)/2, 8)) }
 
 // bridgeAddress returns the IPv4 address of a bridge, or else its IPv6 address.
 func bridgeAddress(name string) (netip.Addr, error) {
-	ifc, err := net.InterfaceByName(name)
+	addrs, err := mesh.DeviceAddrs(name)
 	if err != nil {
-		if op := new(net.OpError); errors.As(err, &op) {
-			err = op.Err // without "route ip+net", which tells nobody anything
-		}
-		return netip.Addr{}, fmt.Errorf("bridge %s: %w", name, err)
+		return netip.Addr{}, fmt.Errorf("bridge %w", err)
 	}
-	addrs, err := ifc.Addrs()
-	if err != nil {
-		return netip.Addr{}, fmt.Errorf("bridge %s: %w", name, err)
+	if i := slices.IndexFunc(addrs, netip.Addr.Is4); i >= 0 {
+		return addrs[i], nil
 	}
-	var six netip.Addr
-	for _, a := range addrs {
-		p, err := netip.ParsePrefix(a.String())
-		switch {
-		case err != nil:
-		case p.Addr().Is4():
-			return p.Addr(), nil
-		case !p.Addr().IsLinkLocalUnicast() && !six.IsValid():
-			six = p.Addr()
-		}
-	}
-	if six.IsValid() {
-		return six, nil
+	if i := slices.IndexFunc(addrs, func(a netip.Addr) bool { return !a.IsLinkLocalUnicast() }); i >= 0 {
+		return addrs[i], nil
 	}
 	return netip.Addr{}, fmt.Errorf("bridge %s has no address", name)
 }

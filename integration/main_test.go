@@ -2,7 +2,8 @@
 // with real dockerds. It knows the product by its commands alone.
 //
 // The tests need root and are skipped without it; with root nothing is skipped, and what is missing is a
-// failure. MESHD_LONG=1 makes those that move volumes move more.
+// failure. MESHD_LONG=1 makes those that move volumes move more. A test that fails prints the last lines of each
+// host's log, as many as MESHD_LOG_LINES says.
 package integration
 
 import (

@@ -184,12 +184,9 @@ func TestSoak(t *testing.T) {
 		drift := 100 * (late.rss/early.rss - 1)
 		t.Logf("%s: RSS %.1f to %.1f MB (%+.1f %%), heap in use %.1f to %.1f MB, goroutines %.0f to %.0f, fds %.0f to %.0f", w.Hosts[i].Name,
 			early.rss/1e6, late.rss/1e6, drift, early.heap/1e6, late.heap/1e6, early.goroutines, late.goroutines, early.fds, late.fds)
-		for some := range slices.Chunk(samples[i], max(n/10, 1)) {
-			if lasting < 10*time.Minute {
-				break
-			}
+		for some := range slices.Chunk(samples[i], n/4+1) {
 			s := least(some)
-			t.Logf("%s: in a tenth of the time at least: RSS %.1f MB, heap in use %.1f, heap held %.1f, stacks %.1f, rest of the runtime %.1f",
+			t.Logf("%s: in a quarter of the time at least: RSS %.1f MB, heap in use %.1f, heap held %.1f, stacks %.1f, rest of the runtime %.1f",
 				w.Hosts[i].Name, s.rss/1e6, s.heap/1e6, s.held/1e6, s.stacks/1e6, s.runtime/1e6)
 		}
 		if drift >= 5 && lasting >= 10*time.Minute {

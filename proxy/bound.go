@@ -10,7 +10,8 @@ import (
 )
 
 // bound keeps clients from taking all the descriptors of the process: each connection has another one behind it and
-// at most two pipes between them (bulk), and what attaches containers needs some. Beyond max a request is refused, and beyond max and a quarter a connection.
+// at most two pipes between them (bulk), and what attaches containers needs some. Beyond max a request is refused, and
+// beyond max and a quarter a connection.
 type bound struct {
 	max  int64
 	open atomic.Int64

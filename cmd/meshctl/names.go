@@ -3,8 +3,8 @@ package main
 import (
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -154,21 +154,12 @@ func (a *app) dockerBridge() string {
 
 // bridgeIP is the first IPv4 address of a device.
 func bridgeIP(device string) (netip.Addr, error) {
-	dev, err := net.InterfaceByName(device)
+	addrs, err := mesh.DeviceAddrs(device)
 	if err != nil {
-		if op := new(net.OpError); errors.As(err, &op) {
-			err = op.Err // without "route ip+net", which tells nobody anything
-		}
-		return netip.Addr{}, fmt.Errorf("%s: %w", device, err)
+		return netip.Addr{}, err
 	}
-	addrs, err := dev.Addrs()
-	if err != nil {
-		return netip.Addr{}, fmt.Errorf("%s: %w", device, err)
-	}
-	for _, a := range addrs {
-		if p, err := netip.ParsePrefix(a.String()); err == nil && p.Addr().Is4() {
-			return p.Addr(), nil
-		}
+	if i := slices.IndexFunc(addrs, netip.Addr.Is4); i >= 0 {
+		return addrs[i], nil
 	}
 	return netip.Addr{}, fmt.Errorf("%s has no IPv4 address", device)
 }

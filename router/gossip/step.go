@@ -53,8 +53,8 @@ type loopState struct {
 	knewAt    uint64 // changes of the topology then
 	checked   time.Time
 	dialled   time.Time
-	bore      time.Time
-	boreAt    uint64 // changes of the topology then
+	bore      time.Time // when links were last compared with who bears their peers' names
+	boreAt    uint64    // changes of the topology then
 	synced    time.Time
 	hint      bool // others should compare with us
 	hinted    time.Time
